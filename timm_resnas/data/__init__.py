@@ -1,0 +1,41 @@
+"""Data sets by name or path, their splits, transforms and loaders.
+
+Needs the extra `recipes` (`datasets`; scikit-learn for the embedded digits) once a data set is opened.
+"""
+
+from .images import DataError, Images
+from .loaders import EvalBatches, TrainLoader, eval_batches, train_loader
+from .sources import Splits, load_splits
+from .splits import check_leak, content_hashes, find_leaks, repeated, split_search_val
+from .transforms import (
+    ImageTransform,
+    ShiftTransform,
+    channel_stats,
+    default_augment,
+    default_data_config,
+    eval_transform,
+    train_transform,
+)
+
+__all__ = [
+    "DataError",
+    "EvalBatches",
+    "ImageTransform",
+    "Images",
+    "ShiftTransform",
+    "Splits",
+    "TrainLoader",
+    "channel_stats",
+    "check_leak",
+    "content_hashes",
+    "default_augment",
+    "default_data_config",
+    "eval_batches",
+    "eval_transform",
+    "find_leaks",
+    "load_splits",
+    "repeated",
+    "split_search_val",
+    "train_loader",
+    "train_transform",
+]

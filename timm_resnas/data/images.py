@@ -1,0 +1,219 @@
+"""Decoding: the images of a `datasets.Dataset`, as RGB or grey PIL images, kept in RAM where they fit."""
+
+import logging
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import torch.utils.data
+from PIL import Image
+
+__all__ = ["DataError", "Images"]
+
+_logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+# how `sources` stores digits and Fashion-MNIST; Pillow's general way takes ten times as long for so small an image
+_RAW_GREY = re.compile(rb"P5 (\d+) (\d+) 255\n")
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked; the message says what was wrong and what would be right."""
+
+
+def require(module: str):
+    """Imports a package of the extra `recipes`, or says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"timm_resnas.data needs the package '{module.partition('.')[0]}' for this: "
+            "pip install timm_resnas[recipes]"
+        ) from error
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Converts to `mode` ('RGB' or 'L') as timm's datasets do, by `Image.convert`, but 16-bit greys unclipped."""
+    if image.mode.startswith("I"):  # I;16, I;16B, or I: how 16-bit PNG and TIFF arrive
+        grey = np.asarray(image)
+        if image.mode != "I" or grey.max(initial=0) > 255:
+            grey = grey >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image if image.mode == mode else image.convert(mode)
+
+
+def open_image(item: dict) -> Image.Image:
+    """Opens one value of an undecoded `datasets.Image` column; pixels are read later."""
+    if item["bytes"] is not None:
+        return Image.open(BytesIO(item["bytes"]))
+    if item["path"] is None:
+        raise ValueError("the row holds no image")
+    if "://" not in item["path"]:
+        return Image.open(item["path"])
+    return require("datasets").Image().decode_example(item)  # a remote file
+
+
+def decode(item: dict, mode: str = "RGB", shrink: int | None = None) -> Image.Image:
+    """Decodes, converts to `mode` and turns upright by the EXIF orientation, as `datasets` does.
+
+    With `shrink`, an image whose shorter side is longer than so many pixels is reduced to it.
+    """
+    if item["bytes"] is not None and (header := _RAW_GREY.match(item["bytes"])):
+        size = (int(header[1]), int(header[2]))
+        return to_mode(Image.frombytes("L", size, item["bytes"][header.end() :]), mode)
+    with open_image(item) as image:
+        small = None
+        if shrink and min(image.size) > shrink:
+            small = tuple(round(side * shrink / min(image.size)) for side in image.size)
+            image.draft(None, (2 * small[0], 2 * small[1]))  # JPEG decodes at 1/2, 1/4, 1/8 much faster
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION)
+        out = to_mode(image, mode)
+    if small:
+        out = out.resize(small, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return out.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else out
+
+
+class Images(torch.utils.data.Dataset):
+    """The decoded images and labels of a data set; also a map-style `(image, label)` data set as timm's are.
+
+    When all of them are estimated to fit into `cache_limit` bytes they are decoded once, here, and stay in RAM
+    (worker processes share them); otherwise each is decoded when asked for.
+
+    An image that cannot be read is counted in `corrupt` and logged; `pil` gives None for it.
+
+    Args:
+        dataset: A `datasets.Dataset` with the columns `image` and `label`.
+        mode: 'RGB', or 'L' for models with one input channel.
+        cache_limit: Bytes of RAM for decoded images; 0 never keeps any.
+        shrink: Reduce larger images to so many pixels on their shorter side. For training on photographs much
+            larger than the model's input: they decode faster and fit the cache. Slightly softer pixels.
+        max_corrupt: Largest fraction of unreadable images (one is always allowed).
+        transform: Applied to what `[i]` gives.
+
+    Raises:
+        DataError: When more than `max_corrupt` of the images cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        mode: str = "RGB",
+        cache_limit: int = GIB,
+        shrink: int | None = None,
+        max_corrupt: float = 0.05,
+        transform=None,
+    ):
+        feature = require("datasets").Image(decode=False)
+        self._raw = dataset.select_columns(["image"]).cast_column("image", feature)
+        self.labels = np.asarray(dataset["label"][:], dtype=np.int64)
+        self.mode, self.shrink, self.transform = mode, shrink, transform
+        self.max_corrupt = max_corrupt
+        self.corrupt: dict[int, str] = {}
+        self._cache: list[Image.Image | None] | None = None
+        if cache_limit and len(self) and self._estimate_bytes() <= cache_limit:
+            self._cache = self._decode_all(cache_limit)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        image, index = self.readable(index)
+        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+
+    @property
+    def cached(self) -> bool:
+        return self._cache is not None
+
+    def pil(self, indices) -> list[Image.Image | None]:
+        """The images at `indices`; None for the unreadable ones."""
+        if self._cache is not None:
+            return [self._cache[i] for i in indices]
+        items = self._raw[[int(i) for i in indices]]["image"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata; what matters is whether the pixels come
+            return [self._decode(int(i), item) for i, item in zip(indices, items, strict=True)]
+
+    def readable(self, index: int) -> tuple[Image.Image, int]:
+        """The image at `index`, or the next readable one after it, and the index it came from."""
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            image = self.pil([candidate])[0]
+            if image is not None:
+                return image, candidate
+        raise DataError("none of the images can be read")
+
+    def report(self, corrupt: dict[int, str]) -> None:
+        """Notes unreadable images (index and reason).
+
+        Raises:
+            DataError: When they exceed `max_corrupt`.
+        """
+        new = {index: reason for index, reason in corrupt.items() if index not in self.corrupt}
+        self.corrupt.update(new)
+        if not new or torch.utils.data.get_worker_info() is not None:
+            return  # the loader reports a worker's findings again in the main process
+        for index, reason in new.items():
+            _logger.warning("image %d of %d cannot be read and is left out: %s", index, len(self), reason)
+        limit = max(1, int(self.max_corrupt * len(self)))
+        if len(self.corrupt) > limit:
+            raise DataError(
+                f"{len(self.corrupt)} images of {len(self)} cannot be read, more than the {limit} allowed "
+                f"(max_corrupt={self.max_corrupt:g}); the last: {reason}"
+            ) from None
+
+    def _decode(self, index: int, item: dict) -> Image.Image | None:
+        try:
+            return decode(item, self.mode, self.shrink)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files
+            self.report({index: f"{item['path'] or 'embedded image'}: {type(error).__name__}: {error}"})
+            return None
+
+    def _estimate_bytes(self) -> int:
+        """Size of all decoded images (Pillow keeps 4 bytes per RGB pixel), from the headers of a few."""
+        picks = np.unique(np.linspace(0, len(self) - 1, 64).astype(int))
+        pixels = [1]
+        for item in self._raw[picks.tolist()]["image"]:
+            try:
+                with open_image(item) as image:
+                    w, h = image.size
+            except Exception:  # counted when it is decoded
+                continue
+            pixels.append(w * h * min(1.0, self.shrink / min(w, h)) ** 2 if self.shrink else w * h)
+        self._mean_pixels = float(np.mean(pixels))
+        return int(len(self) * (self._mean_pixels * (4 if self.mode == "RGB" else 1) + 1500))
+
+    def _decode_all(self, limit: int) -> list[Image.Image | None] | None:
+        threads = (os.cpu_count() or 1) if self._mean_pixels > 128**2 else 1  # below, the GIL eats the gain
+        out, used = [], 0
+        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `pil`
+            for start in range(0, len(self), 256):
+                indices = range(start, min(start + 256, len(self)))
+                items = self._raw[list(indices)]["image"]
+                part = list((pool.map if threads > 1 else map)(self._decode, indices, items))
+                used += sum(i.width * i.height * len(i.getbands()) for i in part if i is not None)
+                if used > limit:  # the few headers looked at were not typical
+                    return None
+                out += part
+        return out
