@@ -1,0 +1,87 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from timm_resnas.nas.sampling import MultiArchSampler
+from timm_resnas.nas.space import SearchSpace
+
+
+@pytest.fixture(scope="module")
+def space():
+    return SearchSpace.preset("vit_resnas_tiny")
+
+
+@pytest.mark.parametrize("num_archs", [1, 2, 4, 16])
+@pytest.mark.parametrize("epoch", [0, 9, 20, 30, 100])
+def test_counts_of_open_entries_differ_by_at_most_one(space, num_archs, epoch):
+    sampler = MultiArchSampler(space, num_archs, seed=3)
+    for step in range(20):
+        picks = sampler.picks(epoch, step)
+        for column, layer in zip(picks.T, space.layers, strict=True):
+            n = sampler.num_open(len(layer.choices), epoch)
+            counts = np.bincount(column, minlength=n)
+            assert len(counts) == n and counts.max() - counts.min() <= 1
+
+
+def test_warm_up_opens_entries_as_the_paper_does(space):
+    sampler = MultiArchSampler(space, 4, warmup_epochs=30)
+
+    def opening(n):
+        return [next(e for e in range(31) if sampler.num_open(n, e) >= k) for k in range(2, n + 1)]
+
+    assert opening(7) == [5, 10, 15, 20, 25, 30]
+    assert opening(5) == [8, 15, 23, 30]
+    assert opening(4) == [10, 20, 30]
+    assert opening(3) == [15, 30]
+    assert all(a == space.largest for a in sampler.archs(0, 7))
+    assert MultiArchSampler(space, 4, warmup_epochs=0).num_open(7, 0) == 7
+
+
+def test_every_rank_can_name_every_other(space):
+    sampler = MultiArchSampler(space, 16, seed=1, warmup_epochs=0)
+    whole = sampler.archs(2, 5)
+    for world in (2, 4, 16):
+        again = MultiArchSampler(space, 16, seed=1, warmup_epochs=0)
+        dealt = [a for rank in range(world) for a in again.archs(2, 5, rank, world)]
+        assert dealt == whole
+    with pytest.raises(ValueError, match="evenly to 3 processes"):
+        sampler.archs(0, 0, 0, 3)
+
+
+def test_draws_change_with_step_epoch_and_seed(space):
+    sampler = MultiArchSampler(space, 4, seed=1, warmup_epochs=0)
+    seen = {tuple(map(str, sampler.archs(e, s))) for e in range(4) for s in range(50)}
+    assert len(seen) == 200
+    other = MultiArchSampler(space, 4, seed=2, warmup_epochs=0)
+    assert other.archs(0, 0) != sampler.archs(0, 0)
+
+
+def test_layers_are_independent_and_uniform(space):
+    """Chi-square of one group's draws: each layer alone, and pairs of layers jointly."""
+    sampler = MultiArchSampler(space, 4, seed=5, warmup_epochs=0)
+    picks = np.stack([sampler.picks(0, step)[0] for step in range(4000)])
+    sizes = [len(layer.choices) for layer in space.layers]
+    for a, b in [(0, 1), (1, 2), (2, 3), (3, 8), (10, 40)]:
+        joint = Counter(zip(picks[:, a], picks[:, b], strict=True))
+        cells = sizes[a] * sizes[b]
+        expected = len(picks) / cells
+        chi2 = sum((joint[i, j] - expected) ** 2 / expected for i in range(sizes[a]) for j in range(sizes[b]))
+        # mean cells - 1, standard deviation sqrt(2 (cells - 1)); five of those never happen by chance
+        assert abs(chi2 - (cells - 1)) < 5 * np.sqrt(2 * (cells - 1))
+
+
+def test_removable_blocks_are_absent_half_the_time(space):
+    sampler = MultiArchSampler(space, 4, warmup_epochs=0)
+    for step in range(10):
+        for stage in range(3):
+            for block in (1, 3, 5):
+                present = [a.stages[stage][block].exists for a in sampler.archs(0, step)]
+                assert sum(present) == 2
+
+
+def test_bad_arguments(space):
+    with pytest.raises(ValueError, match="num_archs"):
+        MultiArchSampler(space, 0)
+    with pytest.raises(ValueError, match="warmup_epochs"):
+        MultiArchSampler(space, 4, warmup_epochs=-1)

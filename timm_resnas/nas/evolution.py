@@ -1,0 +1,376 @@
+"""Evolutionary search under a budget, and random search to compare it with.
+
+The search of "Searching for Efficient Multi-Stage Vision Transformers" (arXiv 2109.00642, released code): 500 random
+networks, then generations of 75 mutations and 75 crossovers of the best 75 of the whole history. Unlike in the
+released code no sub-network is ever evaluated twice; equality is :meth:`Arch.key`, which ignores the genes of absent
+blocks.
+
+Both searches ask and tell: they name the networks to score, and take the scores in any order.
+
+>>> search = EvolutionSearch(space, Budget(macs=12e6), seed=0)
+>>> while not search.done:
+...     search.tell([(arch, score(arch)) for arch in search.ask()])
+>>> search.best["network_def"]
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..arch import Arch
+from .cost import Budget
+from .space import BudgetError, ExtraCosts, SearchSpace
+
+__all__ = ["EvolutionSearch", "RandomSearch", "Search", "rank_key"]
+
+_PATIENCE = 8  # fruitless re-draws, one after the other, until a generation is left smaller
+_SPARE = 16
+_FORMAT = 1
+
+
+def rank_key(record: Mapping[str, Any]) -> tuple:
+    """Sort key of history records, best first: higher score, then fewer MACs, then :meth:`Arch.key`."""
+    return -record["score"], record["macs"], record["key"]
+
+
+class Search:
+    """Ask and tell over generations, with a history and exact resuming; a subclass says how a generation is drawn.
+
+    Args:
+        space: The search space.
+        budget: What a network may cost; None for no limit.
+        seed: Seed of all randomness. The same seed and scores give the same history, whatever the order in which
+            scores were told.
+        generations: Number of generations, the initial one included.
+        extra_costs: Gives limited costs that shapes do not (``latency_ms``); they are recorded in the history.
+
+    Attributes:
+        history: One record per scored network, in ask order, added when its generation is complete. JSON-plain:
+            ``network_def``, ``key``, ``macs``, ``params``, ``memory`` and extra costs, ``score``, ``generation``,
+            ``origin`` ("initial", "mutation", "crossover" or "random").
+        generation: Number of the current generation, from 0.
+
+    Raises:
+        BudgetError: The space cannot meet the budget.
+        ValueError: A setting is out of range.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        budget: Budget | None,
+        seed: int,
+        *,
+        generations: int,
+        extra_costs: ExtraCosts | None = None,
+    ) -> None:
+        self.space = space
+        self.budget = budget
+        self.seed = seed
+        self.extra_costs = extra_costs
+        self.generations = _count("iterations", generations)
+        if budget is not None:
+            space.check_budget(budget, extra_costs)
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self.history: list[dict[str, Any]] = []
+        self.generation = 0
+        self._known: set[str] = set()  # keys of the history and of the generation that is out
+        self._pending: dict[str, tuple[Arch, str]] = {}  # by key, in ask order
+        self._scores: dict[str, int | float] = {}
+        self._exhausted = False
+
+    def settings(self) -> dict[str, Any]:
+        """Settings that decide the history, JSON-plain."""
+        return {"generations": self.generations}
+
+    def _propose(self) -> Iterable[tuple[Arch, str]]:
+        """The next generation: new networks, each with its origin."""
+        raise NotImplementedError
+
+    # -- ask and tell ---------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to score: all generations are complete, or no new network is found any more."""
+        if not self._pending and self.generation < self.generations and not self._exhausted:
+            self._advance()
+        return not self._pending
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best record of the history (see :func:`rank_key`); None while it is empty."""
+        return min(self.history, key=rank_key, default=None)
+
+    def ask(self) -> list[Arch]:
+        """Networks of the current generation that still need a score, in ask order; empty when the search is done.
+
+        Raises:
+            BudgetError: Not one network was found within the budget.
+        """
+        if self.done:
+            return []
+        return [arch for key, (arch, _) in self._pending.items() if key not in self._scores]
+
+    def tell(self, results: Iterable[tuple[Arch, int | float]]) -> None:
+        """Take scores (higher is better) of asked networks, in any order and in as many parts as you like.
+
+        Counts of correct answers, as integers, make a history independent of how the evaluation was split up.
+
+        Raises:
+            ValueError: A network was not asked for, a score is no finite number, or it contradicts an earlier one.
+        """
+        scores: dict[str, int | float] = {}
+        for arch, score in results:
+            key = arch.key()
+            if key not in self._pending:
+                raise ValueError(f"told a score of a network that the search does not wait for: {arch}")
+            score = score.item() if hasattr(score, "item") else score
+            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                raise ValueError(f"a score must be a finite number, got {score!r:.40} for {arch}")
+            if scores.get(key, self._scores.get(key, score)) != score:
+                raise ValueError(f"told two different scores of one network: {arch}")
+            scores[key] = score
+        self._scores.update(scores)
+        if self._pending and len(self._scores) == len(self._pending):
+            self._complete()
+
+    def _advance(self) -> None:
+        proposals = list(self._propose())
+        self._pending = {arch.key(): (arch, origin) for arch, origin in proposals}
+        self._known.update(self._pending)
+        self._exhausted = not proposals
+
+    def _complete(self) -> None:
+        for key, (arch, origin) in self._pending.items():
+            record = {
+                "network_def": json.loads(arch.to_json()),
+                "key": key,
+                **_plain(self.space.costs(arch, self.extra_costs)),
+                "score": self._scores[key],
+                "generation": self.generation,
+                "origin": origin,
+            }
+            self.history.append(record)
+        self._pending, self._scores = {}, {}
+        self.generation += 1
+
+    def _fresh(self, n: int, draw: Callable[[int], list[Arch]], origin: str, taken: set[str]) -> list[tuple[Arch, str]]:
+        """Up to ``n`` networks of ``draw(count)`` that are neither known nor ``taken``, which grows by them."""
+        found: list[tuple[Arch, str]] = []
+        fruitless = 0
+        while len(found) < n and fruitless < _PATIENCE:
+            before = len(found)
+            try:
+                # a few more than are missing, so that the last rare ones are still found
+                drawn = draw(max(n - len(found), min(n, _SPARE)))
+            except BudgetError:
+                if not self.history and not found:
+                    raise
+                break
+            for arch in drawn:
+                key = arch.key()
+                if len(found) < n and key not in self._known and key not in taken:
+                    taken.add(key)
+                    found.append((arch, origin))
+            fruitless = 0 if len(found) > before else fruitless + 1
+        return found
+
+    def _sample(self, n: int) -> list[Arch]:
+        return self.space.sample_many(n, self._rng, self.budget, self.extra_costs)
+
+    # -- resuming -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continuing needs, JSON-plain: settings, generator, history, the generation that is out."""
+        return {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "setup": self._setup(),
+            "rng": copy.deepcopy(self._rng.bit_generator.state),
+            "generation": self.generation,
+            "exhausted": self._exhausted,
+            "history": copy.deepcopy(self.history),
+            "pending": [
+                {
+                    "network_def": json.loads(arch.to_json()),
+                    "origin": origin,
+                    "score": self._scores.get(key),
+                }
+                for key, (arch, origin) in self._pending.items()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; the rest of the history is that of an unbroken search.
+
+        Raises:
+            ValueError: The state is damaged, or of a search with another space, budget, seed or settings.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != _FORMAT or state.get("kind") != self.kind:
+            raise ValueError(f"not the state of a search of kind {self.kind!r} (format {_FORMAT})")
+        setup = self._setup()
+        for name, value in setup.items():
+            if state.get("setup", {}).get(name) != value:
+                raise ValueError(
+                    f"the state belongs to another search: its {name} is {state.get('setup', {}).get(name)!r:.200}, "
+                    f"this one's is {value!r:.200}"
+                )
+        try:
+            history = copy.deepcopy(list(state["history"]))
+            known = set()
+            for i, record in enumerate(history):
+                rank_key(record)
+                known.add(Arch.from_network_def(record["network_def"]).key())
+                if record["key"] not in known:
+                    raise ValueError(f"the key of history record {i} is not its network_def's")
+            pending: dict[str, tuple[Arch, str]] = {}
+            scores: dict[str, int | float] = {}
+            for item in state["pending"]:
+                arch = Arch.from_network_def(item["network_def"])
+                self.space.check(arch)
+                pending[arch.key()] = (arch, item["origin"])
+                if item["score"] is not None:
+                    scores[arch.key()] = item["score"]
+            rng = np.random.PCG64()
+            rng.state = state["rng"]
+            generation, exhausted = int(state["generation"]), bool(state["exhausted"])
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError(f"the state of the search is damaged: {type(err).__name__} {err}") from err
+        self.history, self.generation, self._exhausted = history, generation, exhausted
+        self._pending, self._scores, self._known = pending, scores, known | set(pending)
+        self._rng = np.random.Generator(rng)
+
+    def _setup(self) -> dict[str, Any]:
+        return {
+            "space": self.space.to_dict(),
+            "budget": self.budget.to_dict() if self.budget else None,
+            "seed": self.seed,
+            **self.settings(),
+        }
+
+
+class EvolutionSearch(Search):
+    """The paper's evolutionary search; the defaults are its settings (3350 networks).
+
+    A generation that finds fewer new networks than wanted, with bounded effort, is smaller; one that finds none ends
+    the search.
+
+    Args:
+        space: See :class:`Search`; so are ``budget``, ``seed`` and ``extra_costs``.
+        population: Random networks of the initial generation.
+        iterations: Number of generations, the initial one included.
+        parents: Best networks of the whole history that the next generation is bred from.
+        mutations: Mutations per generation.
+        crossovers: Crossovers per generation.
+        mutation_prob: Probability of each gene to mutate.
+
+    Raises:
+        BudgetError: The space cannot meet the budget.
+        ValueError: A setting is out of range.
+    """
+
+    kind = "evolution"
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        budget: Budget | None = None,
+        seed: int = 0,
+        *,
+        population: int = 500,
+        iterations: int = 20,
+        parents: int = 75,
+        mutations: int = 75,
+        crossovers: int = 75,
+        mutation_prob: float = 0.3,
+        extra_costs: ExtraCosts | None = None,
+    ) -> None:
+        super().__init__(space, budget, seed, generations=iterations, extra_costs=extra_costs)
+        self.population = _count("population", population)
+        self.parents = _count("parents", parents)
+        self.mutations = _count("mutations", mutations, minimum=0)
+        self.crossovers = _count("crossovers", crossovers, minimum=0)
+        if not 0 < mutation_prob <= 1:
+            raise ValueError(f"mutation_prob must be above 0 and at most 1, got {mutation_prob!r}")
+        self.mutation_prob = float(mutation_prob)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "population": self.population,
+            "iterations": self.generations,
+            "parents": self.parents,
+            "mutations": self.mutations,
+            "crossovers": self.crossovers,
+            "mutation_prob": self.mutation_prob,
+        }
+
+    def top(self, n: int) -> list[Arch]:
+        """The ``n`` best networks of the history, best first."""
+        ranked = sorted(self.history, key=rank_key)[:n]
+        return [Arch.from_network_def(record["network_def"]) for record in ranked]
+
+    def _propose(self) -> list[tuple[Arch, str]]:
+        taken: set[str] = set()
+        if not self.history:
+            return self._fresh(self.population, self._sample, "initial", taken)
+        parents = self.top(self.parents)
+        args = (self._rng, self.mutation_prob, self.budget, self.extra_costs)
+        found = self._fresh(self.mutations, lambda n: self.space.mutate_many(parents, n, *args), "mutation", taken)
+        if len(parents) > 1:
+            args = (self._rng, self.budget, self.extra_costs)
+            found += self._fresh(
+                self.crossovers, lambda n: self.space.crossover_many(parents, n, *args), "crossover", taken
+            )
+        return found
+
+
+class RandomSearch(Search):
+    """Random networks of the same budget: what evolution has to beat at the same number of evaluations.
+
+    The networks are those of the evolution's initial generation, drawn on; the generations have its sizes.
+
+    Args:
+        space: See :class:`EvolutionSearch`; so are the other arguments.
+    """
+
+    kind = "random"
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        budget: Budget | None = None,
+        seed: int = 0,
+        *,
+        population: int = 500,
+        iterations: int = 20,
+        mutations: int = 75,
+        crossovers: int = 75,
+        extra_costs: ExtraCosts | None = None,
+    ) -> None:
+        super().__init__(space, budget, seed, generations=iterations, extra_costs=extra_costs)
+        self.population = _count("population", population)
+        self.batch = _count("mutations + crossovers", mutations + crossovers)
+
+    def settings(self) -> dict[str, Any]:
+        return {"population": self.population, "iterations": self.generations, "batch": self.batch}
+
+    def _propose(self) -> list[tuple[Arch, str]]:
+        return self._fresh(self.batch if self.history else self.population, self._sample, "random", set())
+
+
+def _count(name: str, value: Any, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.40}")
+    return value
+
+
+def _plain(costs: Mapping[str, Any]) -> dict[str, int | float]:
+    return {name: value.item() if hasattr(value, "item") else value for name, value in costs.items()}

@@ -1,0 +1,71 @@
+"""Which sub-networks a training step of a supernet trains.
+
+Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv.org/abs/2109.00642, section 3.3
+(multi-architectural sampling, progressive warm-up). The released code repeats one set of masks for a whole epoch where
+nothing else draws from the generator; here each step has draws of its own, and they are a function of their arguments
+alone, so that any process can name any other's architectures and a resumed run draws what an unbroken one would.
+"""
+
+import numpy as np
+
+from ..arch import Arch
+from .space import SearchSpace
+
+__all__ = ["MultiArchSampler"]
+
+
+class MultiArchSampler:
+    """Balanced independent draws per layer, over the groups of all processes.
+
+    With N groups and n entries open in a layer, each entry is drawn floor(N / n) times, the rest is a random subset,
+    and the order is random, independently for each layer. Which entries are open grows from the largest only to all:
+    ``clamp(1 + floor(epoch * (n - 1) / warmup_epochs), 1, n)``. An entry's multiplicity counts: ``[C, C, 0, 0]`` is
+    four entries.
+
+    Args:
+        space: The search space.
+        num_archs: Sub-networks per step, over all processes.
+        seed: Seed of the draws.
+        warmup_epochs: Epochs until every entry is open (the paper's 30); 0 opens all at once.
+
+    Raises:
+        ValueError: ``num_archs`` is not positive or ``warmup_epochs`` is negative.
+    """
+
+    def __init__(self, space: SearchSpace, num_archs: int, seed: int = 0, warmup_epochs: int = 30) -> None:
+        if num_archs < 1:
+            raise ValueError(f"num_archs must be at least 1, got {num_archs}")
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must not be negative, got {warmup_epochs}")
+        self.space = space
+        self.num_archs = num_archs
+        self.seed = seed
+        self.warmup_epochs = warmup_epochs
+
+    def num_open(self, num_entries: int, epoch: int) -> int:
+        """How many of a layer's entries, largest first, are open in an epoch."""
+        if self.warmup_epochs == 0:
+            return num_entries
+        return min(max(1 + epoch * (num_entries - 1) // self.warmup_epochs, 1), num_entries)
+
+    def archs(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> list[Arch]:
+        """The architectures of process ``rank`` in a step: its slice of the step's ``num_archs``.
+
+        Raises:
+            ValueError: The groups cannot be dealt evenly to the processes.
+        """
+        if self.num_archs % world:
+            raise ValueError(f"{self.num_archs} architectures per step cannot be dealt evenly to {world} processes")
+        share = self.num_archs // world
+        return self.space.build(self.picks(epoch, step))[rank * share : (rank + 1) * share]
+
+    def picks(self, epoch: int, step: int) -> np.ndarray:
+        """Index into ``choices`` of each layer of ``space.layers`` for each group, [num_archs, num_layers]."""
+        rng = np.random.default_rng([self.seed, epoch, step])
+        picks = np.empty((self.num_archs, len(self.space.layers)), np.int64)
+        for i, layer in enumerate(self.space.layers):
+            n = self.num_open(len(layer.choices), epoch)
+            even = np.repeat(np.arange(n), self.num_archs // n)
+            rest = rng.permutation(n)[: self.num_archs % n]
+            picks[:, i] = rng.permutation(np.concatenate([even, rest]))
+        return picks
