@@ -3,8 +3,8 @@
 Importing this package registers its models with timm.
 """
 
+from . import models  # noqa: F401  (registers the models)
 from .arch import Arch, ArchError
-from .models import *  # noqa: F403  (registers the models)
 from .nas import supernet  # noqa: F401  (registers the super-networks)
 from .version import __version__
 

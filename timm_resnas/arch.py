@@ -246,9 +246,7 @@ class Arch:
                 f"x {2**self.num_reductions} for {self.num_reductions} spatial reductions); the nearest that is: "
                 f"{near[0]}x{near[1]}"
             )
-        return tuple(
-            (height // patch_size >> i, width // patch_size >> i) for i in range(self.num_reductions + 1)
-        )
+        return tuple((height // patch_size >> i, width // patch_size >> i) for i in range(self.num_reductions + 1))
 
 
 _FORMS = {

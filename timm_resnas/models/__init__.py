@@ -1,3 +1,5 @@
 """Model families; importing a family's module registers its models with timm."""
 
-from .vit_resnas import *  # noqa: F403
+from . import cait_study, exmobilevit, sret, vit_resnas
+
+__all__ = ["cait_study", "exmobilevit", "sret", "vit_resnas"]

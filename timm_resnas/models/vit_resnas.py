@@ -53,6 +53,7 @@ class ConvUnit(nn.Module):
 class LinearPatchEmbed(nn.Module):
     """Patch embedding of type 0: one convolution as large as its stride. [B, C, H, W] -> [B, N, embed_dim]."""
 
+    __jit_unused_properties__ = ["projection"]
     first_conv = "proj"
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, device=None, dtype=None) -> None:
@@ -75,11 +76,10 @@ class LinearPatchEmbed(nn.Module):
 class ConvPatchEmbed(nn.Module):
     """Patch embedding of types 4 and 5: a residual convolutional stem at half resolution, then one convolution."""
 
+    __jit_unused_properties__ = ["projection"]
     first_conv = "conv1.conv"
 
-    def __init__(
-        self, patch_size: int, in_chans: int, mid_dim: int, embed_dim: int, device=None, dtype=None
-    ) -> None:
+    def __init__(self, patch_size: int, in_chans: int, mid_dim: int, embed_dim: int, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = ConvUnit(in_chans, mid_dim, stride=2, **dd)
@@ -257,13 +257,11 @@ class VitResNas(nn.Module):
         stage = 0
         blocks: list[nn.Module] = []
         self.feature_info = []
-        self.stage_ends: list[int] = []  # number of entries of `blocks` up to the end of each stage
+        self.stage_ends = []  # number of entries of `blocks` up to the end of each stage
         for block in arch.blocks:
             if isinstance(block, Reduction):
                 self._end_stage(len(blocks), dim)
-                blocks.append(
-                    SpatialReduction(block.in_dim, block.out_dim, grids[stage], self.num_prefix_tokens, **dd)
-                )
+                blocks.append(SpatialReduction(block.in_dim, block.out_dim, grids[stage], self.num_prefix_tokens, **dd))
                 dim = block.out_dim
                 stage += 1
                 continue
