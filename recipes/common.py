@@ -152,8 +152,9 @@ class Run:
     """A run's folder, with the options it was made with.
 
     Args:
-        args: The resolved options; kept as config.yaml.
+        args: The resolved options.
         accelerator: Only its main process writes.
+        name: The folder's name where ``args`` has none.
         fixed: Options that decide results; a folder made with other values of these is refused.
 
     Raises:
@@ -164,34 +165,39 @@ class Run:
         self.folder = Path(args.output) / (args.name or name)
         self.state = self.folder / "state"
         self.is_main = accelerator.is_main_process
-        config = {k: v for k, v in vars(args).items() if k != "config"}
+        self._accelerator = accelerator
+        self._config = {k: v for k, v in vars(args).items() if k != "config"}
         path = self.folder / "config.yaml"
         self.resumed = path.exists()
         if self.resumed:
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = [k for k in fixed if old.get(k) != config[k]]
+            changed = [k for k in fixed if old.get(k) != self._config[k]]
             if changed:
-                was = ", ".join(f"{k} {old.get(k)!r} (now {config[k]!r})" for k in changed)
+                was = ", ".join(f"{k} {old.get(k)!r} (now {self._config[k]!r})" for k in changed)
                 raise RunError(
                     f"{self.folder} holds a run with other options: {was}. Give this run another --name, or remove "
                     f"that folder"
                 )
         accelerator.wait_for_everyone()
-        if self.is_main:
-            self.state.mkdir(parents=True, exist_ok=True)
-            self.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        accelerator.wait_for_everyone()
 
-        self._wait = accelerator.wait_for_everyone
-        if args.log_with:
-            accelerator.init_trackers("timm_resnas", {k: v if v is not None else "" for k, v in config.items()})
+    def begin(self) -> None:
+        """Everything asked for is possible: the folder is this run's from now on (config.yaml), trackers start."""
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write_text("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+        if self._config["log_with"]:
+            plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in self._config.items()}
+            self._accelerator.init_trackers("timm_resnas", plain)
+        self._accelerator.wait_for_everyone()
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, made by the main process once in the run's life and kept in state/<name> (JSON)."""
         path = self.state / name
-        if self.is_main and not path.exists():
-            self.write_text(f"state/{name}", json.dumps(make()) + "\n")
-        self._wait()
+        if self.is_main and not (self.resumed and path.exists()):
+            made = make()
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.write_text(f"state/{name}", json.dumps(made) + "\n")
+        self._accelerator.wait_for_everyone()
         return json.loads(path.read_text(encoding="utf-8"))
 
     def __truediv__(self, name: str) -> Path:

@@ -20,6 +20,7 @@ from timm_resnas.nas.jsonl import read_jsonl
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd"}
 ACCENT = "#d1495b"
@@ -144,9 +145,10 @@ def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any
     for origin in dict.fromkeys(r["origin"] for r in history):
         records = [r for r in history if r["origin"] == origin]
         axes.scatter(*points(records), s=14, color=COLORS[origin], alpha=0.6, linewidths=0, label=origin)
+    axes.scatter(*points(results["spread"]), s=14, marker="D", color="#edae49", linewidths=0, label="random, any cost")
     if results["random"]:
         axes.scatter(
-            *points(results["random"]), s=22, facecolors="none", edgecolors="#444444", label="random, for comparison"
+            *points(results["random"]), s=22, facecolors="none", edgecolors="#444444", label="random, of the budget"
         )
     axes.scatter(*points([results["largest"]]), s=50, marker="s", color="#2b2d42", label="largest network")
     axes.plot(*points(results["front"]), color=ACCENT, linewidth=1, drawstyle="steps-post", label="front")
@@ -178,6 +180,7 @@ def draw_progress(
                 label=name,
             )
         left.legend(fontsize=8, loc="lower right")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("epoch")
     left.set_ylabel("accuracy on the search's validation images")
     left.set_title("sub-networks while the supernet trains", fontsize=10)

@@ -71,7 +71,7 @@ from timm_resnas.nas.supernet import VitResNasSupernet
 # Options that decide the history, beside those of the supernet.
 SEARCH_FIXED = [
     *("budget", "search", "population", "iterations", "parents", "mutations", "crossovers", "mutation_prob"),
-    "num_random",
+    *("num_random", "num_spread"),
 ]
 
 
@@ -86,6 +86,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crossovers", type=int, default=20, help="crossed candidates per generation (paper: 75)")
     group.add_argument("--mutation-prob", type=float, default=0.3, help="probability of each gene to mutate")
     group.add_argument("--num-random", type=int, default=20, help="random networks of the budget to compare with")
+    group.add_argument("--num-spread", type=int, default=40, help="random networks of any cost, for the front")
     group.add_argument(
         "--max-minutes",
         type=float,
@@ -181,9 +182,14 @@ def finish(
 ) -> None:
     """Yardsticks, folders of the best and the front, test accuracies, report."""
     device = accelerator.device
-    randoms = data.space.sample_many(args.num_random, np.random.default_rng([args.seed, 4]), search.budget)
-    others = [data.space.largest, *randoms]
+    rng = np.random.default_rng([args.seed, 4])
+    others = [data.space.largest, *data.space.sample_many(args.num_random, rng, search.budget)]
+    spread = [data.space.smallest, *data.space.sample_many(args.num_spread, rng)]
+    run.say(
+        f"\nscoring {args.num_random} random networks of the budget and {args.num_spread} of any cost, to compare with"
+    )
     val_scores = evaluator.score(others)
+    spread_scores = evaluator.score(spread)
     tester = Evaluator(
         net,
         eval_batches(data.splits.test, eval_transform(data.config), device=device),
@@ -196,17 +202,16 @@ def finish(
     if not run.is_main:
         return
 
-    def record(arch: Arch, score: int) -> dict[str, Any]:
+    def record(arch: Arch, score: int, **more: int) -> dict[str, Any]:
         network_def = json.loads(arch.to_json())
-        return {"network_def": network_def, "key": arch.key(), **data.space.costs(arch), "score": score}
+        return {"network_def": network_def, "key": arch.key(), **data.space.costs(arch), "score": score, **more}
 
     best = search.best
     export(net, best, run / "best", args, data)
-    largest, *compared = [
-        {**record(arch, val), "test": test} for arch, val, test in zip(others, val_scores, test_scores, strict=True)
-    ]
+    largest, *compared = [record(a, v, test=t) for a, v, t in zip(others, val_scores, test_scores, strict=True)]
+    free = [record(a, v) for a, v in zip(spread, spread_scores, strict=True)]
     shutil.rmtree(run / "pareto", ignore_errors=True)
-    points = front([*search.history, largest, *compared])
+    points = front([*search.history, largest, *compared, *free])
     for k, point in enumerate(points, start=1):
         export(net, point, run / "pareto" / str(k), args, data)
     correct, images = score_of(run / "best", data, device)
@@ -217,6 +222,7 @@ def finish(
             "best": {**best, "test": correct},
             "largest": largest,
             "random": compared,
+            "spread": free,
             "front": [{k: p[k] for k in ("key", "macs", "params", "score")} for p in points],
             "val_images": len(data.val),
             "test_images": images,
@@ -237,12 +243,16 @@ def fingerprint(folder: Path, val: Sequence[int]) -> str:
     return digest.hexdigest()[:16]
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_run_options(parser)
     add_options(parser)
     add_search_options(parser)
-    args = parse(parser, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(make_parser(), argv)
     with main_guard("search.py"):
         clock = Clock(args.max_minutes)
         accelerator = start(args)
@@ -250,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         data = prepare(args, run)
         budget = Budget.parse(args.budget, share_of=data.space.costs(data.space.largest))
         search = make_search(args, data.space, budget)
+        run.begin()
         run.say(
             f"{args.dataset}: {len(data.train)} images to train on, {len(data.val)} to score candidates on, "
             f"{len(data.splits.test)} to test; {data.splits.num_classes} classes; budget {budget}"

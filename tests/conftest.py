@@ -1,9 +1,13 @@
 """Fixtures of several test files."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# One thread per worker; set before torch is imported, and for the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -487,17 +487,31 @@ def test_generator_equals_slow_one(fraction, free_steps, monkeypatch):
     assert_same_distribution(fast, [slow.generate(rng, *budget.band, free_steps) for _ in range(1500)])
 
 
+def test_walks_end_at_the_limit():
+    # the cost that a walk keeps up step by step is the true one
+    for name, fraction in (("macs", 0.35), ("params", 0.35), ("memory", 0.6)):
+        space = SearchSpace.preset("mini" if name == "params" else "micro")
+        limit = fraction * space.costs(space.largest)[name]
+        genes = space._generate(1000, np.random.default_rng(0), Budget(**{name: limit}), None)
+        costs = space._cost(name, genes)
+        assert (costs <= limit).all()
+        if name != "memory":  # one step more than needed would end lower
+            assert (costs >= 0.95 * limit).mean() > 0.8
+
+
 def test_listed_starts_equal_rejection(monkeypatch):
-    space = SearchSpace.preset("micro")
-    budget = Budget(macs=int(0.93 * space.costs(space.largest)["macs"]))
-    listed = space.sample_many(4000, np.random.default_rng(0), budget)
-    assert space._listed  # the limit is so high that starts are listed
+    space = toy_space()
+    floor = 0.7 * space.costs(space.largest)["macs"]
+    listed, costs = space._listed_starts(8000, np.random.default_rng(0), "macs", floor)
+    assert (costs == space._cost("macs", listed)).all()
     monkeypatch.setattr(space_module, "_MAX_STARTS", 0)
-    drawn = SearchSpace.preset("micro").sample_many(4000, np.random.default_rng(1), budget)
-    for feature in (lambda a: a.depths, lambda a: a.embed_dims):
-        one, two = (Counter(map(feature, x)) for x in (listed, drawn))
-        for value in one | two:
-            assert abs(one[value] - two[value]) < 5 * (one[value] + two[value]) ** 0.5 + 1
+    drawn, _ = space._starts(8000, np.random.default_rng(1), "macs", floor, None)
+    assert_same_distribution(space._decode(listed), space._decode(drawn))
+    # and they are used where drawing would take long
+    monkeypatch.undo()
+    space = SearchSpace.preset("vit_resnas_small")
+    archs = space.sample_many(50, np.random.default_rng(0), Budget(macs=6.1e9))
+    assert space._listed and all(0.975 * 6.1e9 <= macs(a) <= 6.1e9 for a in archs)
 
 
 def test_mutation_equals_slow_one():
