@@ -33,10 +33,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="batches per model before timing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process's CPU seconds, not elapsed ones: steadier where other jobs run (with --threads 1)",
+    )
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), help="autocast to this type")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     args = parser.parse_args(argv)
+    if args.cpu_time and args.device != "cpu":
+        parser.error("--cpu-time needs --device cpu.")
     args.baseline = args.baseline or args.models[0]
     args.models = list(dict.fromkeys([args.baseline, *args.models]))
     return args
@@ -54,6 +61,8 @@ def build(name: str, img_size: int | None, batch_size: int, device: torch.device
     fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
     kwargs = dict(img_size=img_size) if img_size and fixed else {}
     model = timm.create_model(name, device=device, **kwargs).eval().requires_grad_(False)
+    if img_size and not fixed and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(img_size, img_size))  # or position embeddings would be resampled in each call
     channels, height, width = model.pretrained_cfg["input_size"]
     size = (img_size, img_size) if img_size else (height, width)
     return model, torch.randn(batch_size, channels, *size, device=device)
@@ -65,6 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, args.amp_dtype or "bfloat16"), enabled=args.amp_dtype is not None
@@ -81,11 +91,11 @@ def main(argv: list[str] | None = None) -> dict:
         for i in range(args.warmup + args.rounds):
             for model, images, seconds in runs.values():
                 synchronize()
-                start = time.perf_counter()
+                start = clock()
                 model(images)
                 synchronize()
                 if i >= args.warmup:
-                    seconds.append(time.perf_counter() - start)
+                    seconds.append(clock() - start)
 
     base = statistics.median(runs[args.baseline][2])
     results = {}
@@ -109,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,
+        clock="cpu" if args.cpu_time else "wall",
         baseline=args.baseline,
         batch_size=args.batch_size,
         rounds=args.rounds,

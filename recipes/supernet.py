@@ -2,21 +2,42 @@
 
     accelerate launch recipes/supernet.py                                     # digits, micro space, a CPU, minutes
     accelerate launch recipes/supernet.py --dataset imagefolder:photos --space mini --epochs 200 --amp bf16
-    accelerate launch recipes/supernet.py --config recipes/configs/vit_resnas_tiny_supernet.yaml --dataset imagefolder:…
+    accelerate launch --multi_gpu --num_processes 8 recipes/supernet.py \\
+        --config recipes/configs/vit_resnas_tiny_supernet.yaml --dataset imagefolder:imagenet
+    accelerate launch --multi_gpu --num_processes 2 recipes/supernet.py --cpu          # several processes on a CPU
 
 Each step cuts the batch into groups and trains one sub-network on each (paper: arXiv 2109.00642, section 3.3). The
-images that a search will score candidates on are cut from the training set first, recorded in the run's
+groups may lie in one process or in several (`--num-archs` counts them all), and go through the net at once or, to save
+memory, in `--accumulate` passes: the same sub-networks see the same images, only batch norm's statistics are those of
+a pass in its process (of all processes on CUDA, `--sync-bn`). At the start of each epoch of `--arch-warmup-epochs`
+channels are put in order of importance, moments of the optimizer along with them.
+
+The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.
 
-A run's folder holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model` and for
-`recipes/search.py --supernet`), `training.jsonl`, `training.png` and `state/`. Killed at any moment and started with
-the same command, a run goes on from its last checkpoint and ends with the same weights: batches, augmentation,
-sub-networks, drop path and learning rate are functions of the seed and the step.
+A run's folder holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model`),
+`training.jsonl` (loss and accuracy of the largest, the smallest and some random
+sub-networks), `training.png` and `state/`. Killed at any moment and started with the same command, a run goes on from
+its last checkpoint and ends with the same weights: batches, augmentation, sub-networks, drop path and learning rate
+are functions of the seed and the step. Another number of processes may go on with it, too.
+
+Errors, each said before anything is trained: an unknown space or dataset, an image size that the total stride does
+not divide, groups that do not divide the batch or the processes, options other than the run was started with. A loss
+that is not finite ends the run with the last good checkpoint in place.
 """
 
+import common  # noqa: F401  (before torch, see there)
+
+# isort: split
+
 import argparse
+import contextlib
+import functools
 import math
+import os
+import pickle
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +45,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from common import (
     Clock,
     HelpFormatter,
@@ -40,9 +61,13 @@ from common import (
     start,
     step_seed,
 )
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
 
 from timm_resnas import Arch
 from timm_resnas.data import (
@@ -62,17 +87,21 @@ from timm_resnas.data import (
 )
 from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.evaluate import count_correct
-from timm_resnas.nas.jsonl import append_jsonl
-from timm_resnas.nas.sampling import MultiArchSampler
+from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
+from timm_resnas.nas.sampling import MultiArchSampler, SandwichSampler
 from timm_resnas.nas.space import SearchSpace
-from timm_resnas.nas.supernet import VitResNasSupernet
+from timm_resnas.nas.supernet import MODES, VitResNasSupernet
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
+CHECK_STEPS = 50  # how often processes agree on the loss and on whether a checkpoint is due
+SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
 
 # Options that decide the weights; a run with other values needs another folder.
 FIXED = [
     *("seed", "amp", "dataset", "img_size", "val_per_class", "val_fraction", "batch_size", "space", "epochs"),
     *("num_archs", "arch_warmup_epochs", "lr", "min_lr", "warmup_epochs", "weight_decay", "drop_path", "smoothing"),
+    *("sampler", "mode", "accumulate", "warmup_lr", "clip_grad", "decay_pos_embed", "sync_bn"),
+    *("scale", "hflip", "color_jitter", "aa", "reprob"),
 ]
 
 
@@ -90,25 +119,81 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, default=1 / 3, help="the same for classes of under 5 times as many"
     )
     group.add_argument("--workers", type=int, default=0, help="data loading processes")
+    group = parser.add_argument_group("augmentation (timm's names; what is not given suits the data)")
+    group.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop")
+    group.add_argument("--hflip", type=float, metavar="P", help="probability of a horizontal flip")
+    group.add_argument("--color-jitter", type=float, metavar="X", help="strength; without effect beside --aa")
+    group.add_argument("--aa", metavar="NAME", help="auto-augment, such as rand-m9-mstd0.5-inc1")
+    group.add_argument("--reprob", type=float, metavar="P", help="probability of random erasing")
     group = parser.add_argument_group("supernet")
     group.add_argument(
         "--space", default="micro", help="search space: vit_resnas_tiny, vit_resnas_small, mini or micro"
     )
-    group.add_argument("--epochs", type=int, default=50, help="training epochs")
-    group.add_argument("--batch-size", type=int, default=64, help="images per step, over all processes")
-    group.add_argument("--num-archs", type=int, default=4, help="sub-networks per step, over all processes")
-    group.add_argument("--arch-warmup-epochs", type=int, default=10, help="epochs until all choices are open")
+    group.add_argument("--epochs", type=int, default=12, help="training epochs")
+    group.add_argument("--batch-size", type=int, default=64, help="images per step, over all processes and passes")
+    group.add_argument("--num-archs", type=int, default=4, help="sub-networks per step, over all processes and passes")
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="passes that a process cuts its part of a step into"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=list(SAMPLERS),
+        default="balanced",
+        help="sub-networks of a step: balanced draws (the paper's), or the largest, the smallest and balanced draws",
+    )
+    group.add_argument("--mode", choices=MODES, default="auto", help="how several sub-networks are computed")
+    group.add_argument(
+        "--arch-warmup-epochs", type=int, default=3, help="epochs until all choices are open; channels are sorted"
+    )
     group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     group.add_argument("--min-lr", type=float, default=1e-5, help="learning rate at the end of the cosine")
-    group.add_argument("--warmup-epochs", type=float, default=3, help="epochs of learning rate warm-up")
+    group.add_argument("--warmup-epochs", type=float, default=1, help="epochs of learning rate warm-up")
+    group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that warm-up starts from")
     group.add_argument(
-        "--weight-decay", type=float, default=0.05, help="AdamW's; not on biases, norms, positions, tokens"
+        "--weight-decay", type=float, default=0.05, help="AdamW's; not on biases, norms, tokens, positions"
     )
+    group.add_argument(
+        "--decay-pos-embed",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="weight decay on position embeddings, too (as the released code)",
+    )
+    group.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate of the last block")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument(
-        "--eval-every", type=int, default=10, metavar="EPOCHS", help="how often sub-networks are evaluated"
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="batch norm over all processes (CUDA only)",
     )
+    group.add_argument(
+        "--eval-every", type=int, default=3, metavar="EPOCHS", help="how often sub-networks are evaluated"
+    )
+    group.add_argument(
+        "--checkpoint-minutes", type=float, default=15, metavar="N", help="checkpoints within long epochs"
+    )
+    group.add_argument(
+        "--checkpoint-steps", type=int, default=0, metavar="N", help="the same by steps; 0: by minutes only"
+    )
+
+
+def check_groups(args: argparse.Namespace, world: int) -> None:
+    """Whether images, sub-networks, processes and passes fit each other.
+
+    Raises:
+        RunError: They do not.
+    """
+    for name, low in (("epochs", 1), ("num_archs", 1), ("accumulate", 1), ("eval_every", 1), ("checkpoint_steps", 0)):
+        if getattr(args, name) < low:
+            raise RunError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.num_archs % (world * args.accumulate):
+        raise RunError(
+            f"--num-archs {args.num_archs} cannot be dealt evenly to {world} process{'es' * (world > 1)} of "
+            f"{args.accumulate} pass{'es' * (args.accumulate > 1)}; take a multiple of {world * args.accumulate}"
+        )
+    if args.batch_size % args.num_archs:
+        raise RunError(f"--batch-size {args.batch_size} is not a multiple of --num-archs {args.num_archs}")
 
 
 class Data(NamedTuple):
@@ -125,9 +210,12 @@ def prepare(args: argparse.Namespace, run: Run) -> Data:
     """Open the data, cut the search's validation set, fit the space to the images.
 
     Raises:
-        ValueError: The data, the space or the image size cannot be used; the message says what would be right.
+        ValueError: The data, the space, the image size or the groups cannot be used; the message says what would be
+            right.
     """
+    check_groups(args, PartialState().num_processes)
     space = SearchSpace.create(args.space)
+    make_sampler(args, space)
     size = space.model_args["img_size"] if args.img_size is None else args.img_size
     if isinstance(size, list):
         if len(size) > 2:
@@ -183,31 +271,72 @@ def yardsticks(space: SearchSpace, seed: int, count: int = 3) -> dict[str, Arch]
     return {"largest": space.largest, "smallest": space.smallest, **randoms}
 
 
+@dataclass
 class Position:
-    """Where training stands; saved and restored with the weights."""
+    """Where training stands; part of every checkpoint."""
 
-    def __init__(self) -> None:
-        self.step = 0
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps since the last record
+    loss_steps: int = 0
+    seconds: float = 0.0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+def make_sampler(args: argparse.Namespace, space: SearchSpace) -> MultiArchSampler:
+    """What says which sub-networks a step trains."""
+    return SAMPLERS[args.sampler](space, args.num_archs, args.seed, args.arch_warmup_epochs)
+
+
+def augmentation(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """Arguments of `train_transform`: what suits the data, and what the options say."""
+    names = {"scale": "scale", "hflip": "hflip", "color_jitter": "color_jitter", "aa": "auto_augment"}
+    names["reprob"] = "re_prob"
+    given = {theirs: getattr(args, ours) for ours, theirs in names.items() if getattr(args, ours) is not None}
+    return {**default_augment(data.splits, tuple(data.config["input_size"][1:])), **given}
+
+
+def make_optimizer(args: argparse.Namespace, net: VitResNasSupernet) -> torch.optim.Optimizer:
+    """AdamW; weight decay as the options say."""
+    groups = None
+    if args.decay_pos_embed:
+        spared = {name for name in net.no_weight_decay() if not name.endswith("pos_embed")}
+        groups = functools.partial(
+            param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=spared
+        )
+    return create_optimizer_v2(net, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, param_group_fn=groups)
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+    """Linear warm-up, then what is left of a cosine over all epochs; set at each of an epoch's ``steps``."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        warmup_prefix=False,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return schedule
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Data) -> VitResNasSupernet:
-    """Train the supernet, or load it where the run has it already. Ends with the folder `supernet/`."""
+    """Train the supernet, or load it where the run has it already. Ends with the folder `supernet/`.
+
+    Raises:
+        RunError: Options do not fit each other, or the loss is not finite.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
     net = build(args, data)
     if (run / "supernet").exists():
         load_weights(net, run / "supernet")
         run.say(f"supernet: trained before, {run / 'supernet'}")
         return net.to(accelerator.device)
 
-    rank, world = accelerator.process_index, accelerator.num_processes
     loader = train_loader(
         data.splits.train.select(data.train),
-        train_transform(data.config, **default_augment(data.splits, tuple(data.config["input_size"][1:]))),
+        train_transform(data.config, **augmentation(args, data)),
         args.batch_size,
         seed=args.seed,
         num_workers=args.workers,
@@ -215,68 +344,67 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
         world=world,
         device=accelerator.device,
     )
-    sampler = MultiArchSampler(data.space, args.num_archs, args.seed, args.arch_warmup_epochs)
-    sampler.archs(0, 0, rank, world)  # says now where groups and processes do not fit
-    optimizer = create_optimizer_v2(net, opt="adamw", lr=args.lr, weight_decay=args.weight_decay)
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=1e-6,
-        warmup_epochs=args.warmup_epochs,
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
-    position = Position()
-    accelerator.register_for_checkpointing(position)
+    sampler = make_sampler(args, data.space)
+    if args.sync_bn and world > 1 and accelerator.device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    optimizer = make_optimizer(args, net)
+    schedule = make_schedule(args, optimizer, len(loader))
     model, optimizer = accelerator.prepare(net, optimizer)
-    resume(accelerator, run, position)
+    position = resume(accelerator, run, net, optimizer)
+    if run.is_main:  # a kill may have come between a record and its checkpoint
+        write_jsonl(run / "training.jsonl", [r for r in records_of(run) if r["step"] <= position.step])
 
-    total = args.epochs * len(loader)
+    steps = len(loader)
+    total = args.epochs * steps
     run.say(
         f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
-        f"{args.epochs} epochs of {len(loader)} steps, {args.num_archs} sub-networks per step"
+        f"{args.epochs} epochs of {steps} steps, {args.num_archs} sub-networks per step"
         + (f"; goes on at step {position.step} of {total}" if position.step else "")
     )
     watched = yardsticks(data.space, args.seed)
     batches = val_batches(data, accelerator.device, args.workers)
     clock, losses, begun = Clock(), [], position.step
-    for epoch in range(position.step // len(loader), args.epochs):
-        skip = position.step - epoch * len(loader)
-        with Progress(len(loader), f"epoch {epoch + 1}/{args.epochs}", accelerator.is_local_main_process) as bar:
+    saved = 0.0
+    before = position.seconds
+    for epoch in range(position.step // steps, args.epochs):
+        skip = position.step - epoch * steps
+        if skip == 0 and epoch <= args.arch_warmup_epochs:  # within an epoch, a checkpoint has them in order
+            net.sort_channels(optimizer)
+        with Progress(steps, f"epoch {epoch + 1}/{args.epochs}", accelerator.is_local_main_process) as bar:
             for step, (x, y) in enumerate(loader.epoch(epoch, skip), start=skip):
                 model.train()
-                torch.manual_seed(step_seed(args.seed, 3, position.step, rank))  # drop path, dropout
                 schedule.step_update(position.step)
-                with accelerator.autocast():
-                    logits = model(x, archs=sampler.archs(epoch, step, rank, world))
-                    loss = F.cross_entropy(logits, y, label_smoothing=args.smoothing)
-                accelerator.backward(loss)
+                chunks = [(c, sampler.archs(epoch, step, c, world * args.accumulate)) for c in passes(args, rank)]
+                losses.append(backward(args, accelerator, model, x, y, chunks, position.step))
+                if args.clip_grad is not None:
+                    accelerator.clip_grad_norm_(net.parameters(), args.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad()
                 position.step += 1
-                losses.append(loss.detach())
                 bar(step + 1)
-        last = epoch + 1 == args.epochs
-        if last or (epoch + 1) % args.eval_every == 0:
-            loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            losses = []
-            accuracy = evaluate(accelerator, net, batches, watched)
-            record = {"epoch": epoch + 1, "step": position.step, "loss": round(loss, 5), "accuracy": accuracy}
-            record["seconds"] = round(clock.seconds(), 2)
-            accelerator.log({"loss": loss, **{f"accuracy/{k}": v for k, v in accuracy.items()}}, step=position.step)
-            left = clock.seconds() / (position.step - begun) * (total - position.step)
-            if run.is_main:
-                append_jsonl(run / "training.jsonl", [record])
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
-            run.say(f"  epoch {epoch + 1:3}  loss {loss:.3f}  {shown}  left {format_minutes(left)}")
-        if not math.isfinite(losses[-1].item() if losses else 0.0):
-            raise RunError(f"the loss is {losses[-1].item()} in epoch {epoch + 1}; lower --lr or use --amp bf16 or no")
-        if not last:
-            checkpoint(accelerator, run, position)
-    accelerator.wait_for_everyone()
+
+                ended = step + 1 == steps
+                due = args.checkpoint_steps > 0 and position.step % args.checkpoint_steps == 0
+                if not (ended or due or position.step % CHECK_STEPS == 0):
+                    continue
+                late = clock.seconds() - saved > args.checkpoint_minutes * 60
+                loss, late = agree(accelerator, losses, late)
+                if not math.isfinite(loss):
+                    raise RunError(diverged(f"the loss is {loss}", position.step))
+                position.loss_sum += loss * len(losses)
+                position.loss_steps += len(losses)
+                losses = []
+                position.seconds = before + clock.seconds()
+                accelerator.log({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, step=position.step)
+                if ended and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
+                    record = take_record(accelerator, run, net, batches, watched, position, epoch)
+                    left = clock.seconds() / (position.step - begun) * (total - position.step)
+                    shown = ", ".join(f"{name} {value:.3f}" for name, value in record["accuracy"].items())
+                    run.say(f"  epoch {epoch + 1:3}  loss {record['loss']:.3f}  {shown}  left {format_minutes(left)}")
+                if position.step < total and (ended or due or late):
+                    save_checkpoint(accelerator, run, net, optimizer, position)
+                    saved = clock.seconds()
+    check_weights(net, position.step)
     if accelerator.is_main_process:
         info = {"space": data.space.to_dict(), "dataset": args.dataset, "seed": args.seed, "epochs": args.epochs}
         save_pretrained(net, run / "supernet", info=info, label_names=data.splits.class_names)
@@ -285,11 +413,107 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
     return net
 
 
+def passes(args: argparse.Namespace, rank: int) -> range:
+    """Numbers of this process's passes within a step; over all processes they count up from 0."""
+    return range(rank * args.accumulate, (rank + 1) * args.accumulate)
+
+
+def backward(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    chunks: list[tuple[int, list[Arch]]],
+    step: int,
+) -> torch.Tensor:
+    """Gradients of a step from this process's images, in one pass or several; returns the mean loss."""
+    total = x.new_zeros(())
+    n = len(chunks)
+    for i, ((number, archs), images, labels) in enumerate(zip(chunks, x.chunk(n), y.chunk(n), strict=True)):
+        torch.manual_seed(step_seed(args.seed, 3, step, number))  # drop path
+        # processes exchange gradients once, in the last pass
+        with accelerator.no_sync(model) if i + 1 < n else contextlib.nullcontext():
+            with accelerator.autocast():
+                logits = model(images, archs=archs, mode=args.mode)
+                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing) / n
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def agree(accelerator: Accelerator, losses: list[torch.Tensor], late: bool) -> tuple[float, bool]:
+    """The mean loss over processes and steps, and whether the clock of one of them says that it is late."""
+    both = torch.stack([torch.stack(losses).float().mean(), losses[0].new_tensor(late, dtype=torch.float32)])
+    loss, late = accelerator.reduce(both, "mean").tolist()
+    return loss, late > 0
+
+
+def diverged(what: str, step: int) -> str:
+    return f"{what} at step {step}; start another run (--name) with a lower --lr, --clip-grad 1, or --amp bf16 or no"
+
+
+def records_of(run: Run) -> list[dict[str, Any]]:
+    return read_jsonl(run / "training.jsonl")
+
+
+def take_record(
+    accelerator: Accelerator,
+    run: Run,
+    net: VitResNasSupernet,
+    batches: EvalBatches,
+    watched: dict[str, Arch],
+    position: Position,
+    epoch: int,
+) -> dict[str, Any]:
+    """Evaluate, and put the result into training.jsonl, training.png and the tracker."""
+    accuracy = evaluate(accelerator, net, batches, watched)
+    loss = position.loss_sum / position.loss_steps
+    position.loss_sum, position.loss_steps = 0.0, 0
+    record = {"epoch": epoch + 1, "step": position.step, "loss": round(loss, 5), "accuracy": accuracy}
+    record["seconds"] = round(position.seconds, 2)
+    accelerator.log({f"accuracy/{k}": v for k, v in accuracy.items()}, step=position.step)
+    if run.is_main:
+        append_jsonl(run / "training.jsonl", [record])
+        draw_training(run / "training.png", records_of(run))
+    return record
+
+
+def draw_training(path: Path, records: list[dict[str, Any]]) -> None:
+    """Accuracy of the watched sub-networks, and the loss, by epoch."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [r["epoch"] for r in records]
+    colors = {"largest": "#2b2d42", "smallest": "#d1495b"}
+    for name in records[-1]["accuracy"]:
+        left.plot(
+            epochs,
+            [r["accuracy"][name] for r in records],
+            marker="o",
+            markersize=3,
+            linewidth=2 if name in colors else 1,
+            color=colors.get(name, "#9aa5b1"),
+            label=name,
+        )
+    left.set_ylabel("accuracy on the search's validation images")
+    left.legend(fontsize=8, loc="lower right")
+    right.plot(epochs, [r["loss"] for r in records], color="#3e7cb1", marker="o", markersize=3)
+    right.set_ylabel("training loss of the sampled sub-networks")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    fresh = path.with_name(f".{path.name}.new")
+    figure.savefig(fresh, dpi=130, format="png")
+    fresh.replace(path)
+
+
 def evaluate(
     accelerator: Accelerator, net: VitResNasSupernet, batches: EvalBatches, archs: dict[str, Arch]
 ) -> dict[str, float]:
     """Accuracy of sub-networks on the search's validation images; each process takes its share of them."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    broadcast(list(net.buffers()))  # without --sync-bn, the first process's running statistics are those that count
     mine = list(archs.items())[rank::world]
     results = []
     for name, arch in mine:
@@ -302,34 +526,75 @@ def evaluate(
     return {name: round(gathered[name], 5) for name in archs}
 
 
-def checkpoint(accelerator: Accelerator, run: Run, position: Position) -> None:
-    """Save everything that going on needs; the folder gets its name when it is whole."""
-    folder = run.state / "training"
-    fresh = folder / "unfinished"
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        fresh.rename(folder / f"step-{position.step:09}")
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def save_checkpoint(
+    accelerator: Accelerator, run: Run, net: VitResNasSupernet, optimizer: torch.optim.Optimizer, position: Position
+) -> None:
+    """Save everything that going on needs; the file gets its name when it is whole. The last two are kept.
 
-
-def resume(accelerator: Accelerator, run: Run, position: Position) -> None:
-    """Restore the newest checkpoint, if there is one.
+    One file of tensors and numbers, which any number of processes can go on from.
 
     Raises:
-        RunError: It does not hold the step that its name says.
+        RunError: A weight is not finite.
     """
-    if accelerator.is_main_process:
-        shutil.rmtree(run.state / "training" / "unfinished", ignore_errors=True)
-    accelerator.wait_for_everyone()
-    found = sorted((run.state / "training").glob("step-*"))
-    if not found:
+    check_weights(net, position.step)
+    if not accelerator.is_main_process:
         return
-    accelerator.load_state(str(found[-1]))
-    if position.step != int(found[-1].name.removeprefix("step-")):
-        raise RunError(f"{found[-1]} is damaged: it holds step {position.step}; remove it to go on from the one before")
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "position": asdict(position)}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    folder = run.state / "training"
+    folder.mkdir(exist_ok=True)
+    fresh = folder / "unfinished"
+    with fresh.open("wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    fresh.replace(folder / f"step-{position.step:09}.pt")
+    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def check_weights(net: VitResNasSupernet, step: int) -> None:
+    norms = torch.stack([p.detach().float().norm() for p in net.parameters()])
+    if not torch.isfinite(norms).all():
+        raise RunError(diverged("weights are not finite", step))
+
+
+def resume(accelerator: Accelerator, run: Run, net: VitResNasSupernet, optimizer: torch.optim.Optimizer) -> Position:
+    """Restore the newest checkpoint that is whole; a damaged one is reported and removed."""
+    found = [None]
+    if accelerator.is_main_process:
+        for path in sorted((run.state / "training").glob("step-*.pt"), reverse=True):
+            try:
+                read_checkpoint(path)
+            except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+                run.say(f"note: {path} is damaged ({str(e).splitlines()[0]:.80}); going on from the one before")
+                path.unlink()
+                continue
+            found = [str(path)]
+            break
+    path = broadcast_object_list(found)[0]
+    if path is None:
+        return Position()
+    state, position = read_checkpoint(Path(path))
+    net.load_state_dict(state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return position
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Position]:
+    """What `save_checkpoint` wrote.
+
+    Raises:
+        ValueError: It holds another step than its name says; anything that `torch.load` raises when it is cut short.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    position = Position(**state["position"])
+    if path.name != f"step-{position.step:09}.pt":
+        raise ValueError(f"it holds step {position.step}")
+    return state, position
 
 
 def load_weights(net: VitResNasSupernet, folder: Path) -> None:
@@ -356,6 +621,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = start(args)
         run = Run(args, accelerator, f"{dataset_name(args.dataset)}-{args.space}-supernet", FIXED)
         data = prepare(args, run)
+        run.begin()
         train(args, accelerator, run, data)
         run.say(f"done: {run / 'supernet'}")
         accelerator.end_training()

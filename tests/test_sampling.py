@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from timm_resnas.nas.sampling import MultiArchSampler
+from timm_resnas.nas.sampling import MultiArchSampler, SandwichSampler
 from timm_resnas.nas.space import SearchSpace
 
 
@@ -85,3 +85,45 @@ def test_bad_arguments(space):
         MultiArchSampler(space, 0)
     with pytest.raises(ValueError, match="warmup_epochs"):
         MultiArchSampler(space, 4, warmup_epochs=-1)
+
+
+def test_counts_hold_over_all_processes_together(space):
+    sampler = MultiArchSampler(space, 8, seed=4, warmup_epochs=0)
+    dealt = [a for rank in range(4) for a in sampler.archs(0, 3, rank, 4)]
+    for i, layer in enumerate(space.largest.blocks):
+        if hasattr(layer, "mlp_hidden"):
+            counts = Counter(sampler.picks(0, 3)[:, [x.entry == i + 1 and x.kind == "mlp" for x in space.layers]].flat)
+            hidden = Counter(a.blocks[i].mlp_hidden for a in dealt if a.blocks[i].exists)
+            assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 7
+            assert max(hidden.values()) <= 2
+
+
+@pytest.mark.parametrize("epoch", [0, 12, 30])
+def test_sandwich(space, epoch):
+    sampler = SandwichSampler(space, 6, seed=3)
+    inner = [len(layer.choices) for layer in space.layers]
+    for step in range(10):
+        archs = sampler.archs(epoch, step)
+        picks = sampler.picks(epoch, step)
+        assert archs[0] == space.largest and not picks[0].any()
+        assert picks[1].tolist() == [sampler.num_open(n, epoch) - 1 for n in inner]
+        assert (picks <= picks[1]).all()
+        for column, n in zip(picks[2:].T, picks[1] + 1, strict=True):
+            counts = np.bincount(column, minlength=n)
+            assert counts.max() - counts.min() <= 1
+    if epoch == 30:
+        assert archs[1] == space.smallest
+        assert {tuple(map(str, sampler.archs(30, s)[2:])) for s in range(20)}.__len__() == 20
+    else:
+        assert archs[1] != space.smallest
+
+
+def test_sandwich_is_dealt_to_processes(space):
+    sampler = SandwichSampler(space, 4, seed=1, warmup_epochs=0)
+    assert [a for rank in (0, 1) for a in sampler.archs(2, 5, rank, 2)] == sampler.archs(2, 5)
+    two = SandwichSampler(space, 2, warmup_epochs=0).archs(0, 0)
+    assert two == [space.largest, space.smallest]
+    with pytest.raises(ValueError, match="num_archs 1 is under 2"):
+        SandwichSampler(space, 1)
+    with pytest.raises(ValueError, match="warmup_epochs"):
+        SandwichSampler(space, 4, warmup_epochs=-1)

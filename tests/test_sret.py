@@ -10,8 +10,13 @@ from timm.layers import set_fused_attn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_resnas.models.sret as sret_module
-from timm_resnas.models.sret import checkpoint_filter_fn, fixed_permutation, sret_cost, sret_deep_args
+from timm_resnas.models.sret import (
+    GroupAttention,
+    checkpoint_filter_fn,
+    fixed_permutation,
+    sret_cost,
+    sret_deep_args,
+)
 
 T = dict(
     base_dims=(32, 32, 32),
@@ -254,7 +259,7 @@ def grouped_attention(attn, x, index, perm):
 def test_grouped_attention_is_masked_attention(index, num_tokens, prefix, fused):
     """Also where 8 groups do not divide the tokens."""
     torch.manual_seed(0)
-    attn = sret_module.GroupAttention(16, 2, num_tokens, groups=(8, 2), permute=(False, True), num_prefix_tokens=prefix)
+    attn = GroupAttention(16, 2, num_tokens, groups=(8, 2), permute=(False, True), num_prefix_tokens=prefix)
     attn.eval().fused_attn = fused
     x = torch.randn(2, prefix + num_tokens, 16)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-__all__ = ["Cait", "CaitStudy", "cait_cost", "layer_scale_init"]
+__all__ = ["CaitStudy", "cait_cost", "layer_scale_init"]
 
 _RESIDUALS = ("layer_scale", "rezero", "skip_init", "fixup", "none")
 

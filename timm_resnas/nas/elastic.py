@@ -145,3 +145,79 @@ class _ElasticLinear(torch.autograd.Function):
             None,
             *grad_xs,
         )
+
+
+def masked_layer_norm(
+    x: torch.Tensor, keep: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Layer norm over the kept channels of each group, zero in the others.
+
+    Statistics are two-pass (variance of what is centred) and at least float32.
+
+    Args:
+        x: ``[groups, images, tokens, channels]``, zero where not kept.
+        keep: 1 for kept channels, 0 for others, ``[groups, 1, 1, channels]``.
+        weight: ``[channels]``.
+        bias: ``[channels]``.
+        eps: Added to the variance.
+    """
+    return _MaskedLayerNorm.apply(x, keep, weight, bias, eps)
+
+
+class _MaskedLayerNorm(torch.autograd.Function):
+    # Memory traffic decides: each line over [groups, images, tokens, channels] is one pass.
+    @staticmethod
+    def forward(ctx, x, keep, weight, bias, eps):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep, weight, bias = keep.to(dtype), weight.to(dtype), bias.to(dtype)
+        share = keep.sum(dim=-1, keepdim=True).reciprocal()
+        mean = x.sum(dim=-1, keepdim=True, dtype=dtype) * share
+        normed = torch.addcmul(x.to(dtype), mean, keep, value=-1)
+        square = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_()
+        scale = square.mul_(share).add_(eps).rsqrt_()
+        normed.mul_(scale)
+        ctx.save_for_backward(normed, scale, keep, share, weight)
+        return torch.addcmul(bias * keep, normed, weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, keep, share, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        along = grad * normed  # zero where not kept, which `grad` need not be
+        if ctx.needs_input_grad[2]:
+            grad_weight = along.sum(dim=(0, 1, 2))
+        if ctx.needs_input_grad[3]:
+            grad_bias = (grad.sum(dim=(1, 2), dtype=keep.dtype) * keep[:, 0, 0]).sum(dim=0)
+        if ctx.needs_input_grad[0]:
+            factor = weight * keep
+            slope = (along @ weight)[..., None] * share
+            grad_x = grad * factor
+            level = grad_x.sum(dim=-1, keepdim=True) * share
+            grad_x.addcmul_(level, keep, value=-1).addcmul_(normed, slope, value=-1).mul_(scale)
+            grad_x = grad_x.to(grad.dtype)
+        return grad_x, None, grad_weight, grad_bias, None
+
+
+def touch(x: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``x`` as it is; in the backward pass ``params``, which took no part, get gradients of zero.
+
+    So every parameter has a gradient in every step: distributed training needs that to know that a step is complete,
+    and an optimizer treats what was left out as it treats what was masked.
+    """
+    return _Touch.apply(x, *params) if params and torch.is_grad_enabled() else x
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *params):
+        ctx.shapes = [(p.shape, p.dtype, p.device) for p in params]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # one zero each, which takes the parameter's size only where the gradient is kept
+        zeros = [torch.zeros((), dtype=t, device=d).expand(s) for s, t, d in ctx.shapes]
+        return grad, *(z if needed else None for z, needed in zip(zeros, ctx.needs_input_grad[1:], strict=True))
+
+
+__all__ += ["masked_layer_norm", "touch"]

@@ -82,7 +82,7 @@ class Search:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self.history: list[dict[str, Any]] = []
         self.generation = 0
-        self._known: set[str] = set()  # keys of the history and of the generation that is out
+        self._known: set[str] = set()  # keys of the history
         self._pending: dict[str, tuple[Arch, str]] = {}  # by key, in ask order
         self._scores: dict[str, int | float] = {}
         self._exhausted = False
@@ -145,7 +145,6 @@ class Search:
     def _advance(self) -> None:
         proposals = list(self._propose())
         self._pending = {arch.key(): (arch, origin) for arch, origin in proposals}
-        self._known.update(self._pending)
         self._exhausted = not proposals
 
     def _complete(self) -> None:
@@ -159,6 +158,7 @@ class Search:
                 "origin": origin,
             }
             self.history.append(record)
+        self._known.update(self._pending)
         self._pending, self._scores = {}, {}
         self.generation += 1
 
@@ -245,7 +245,7 @@ class Search:
         except (KeyError, TypeError, ValueError) as err:
             raise ValueError(f"the state of the search is damaged: {type(err).__name__} {err}") from err
         self.history, self.generation, self._exhausted = history, generation, exhausted
-        self._pending, self._scores, self._known = pending, scores, known | set(pending)
+        self._pending, self._scores, self._known = pending, scores, known
         self._rng = np.random.Generator(rng)
 
     def _setup(self) -> dict[str, Any]:

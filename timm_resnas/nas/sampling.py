@@ -11,7 +11,7 @@ import numpy as np
 from ..arch import Arch
 from .space import SearchSpace
 
-__all__ = ["MultiArchSampler"]
+__all__ = ["MultiArchSampler", "SandwichSampler"]
 
 
 class MultiArchSampler:
@@ -61,11 +61,41 @@ class MultiArchSampler:
 
     def picks(self, epoch: int, step: int) -> np.ndarray:
         """Index into ``choices`` of each layer of ``space.layers`` for each group, [num_archs, num_layers]."""
+        return self._balanced(epoch, step, self.num_archs)
+
+    def _balanced(self, epoch: int, step: int, num_archs: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch, step])
-        picks = np.empty((self.num_archs, len(self.space.layers)), np.int64)
+        picks = np.empty((num_archs, len(self.space.layers)), np.int64)
         for i, layer in enumerate(self.space.layers):
             n = self.num_open(len(layer.choices), epoch)
-            even = np.repeat(np.arange(n), self.num_archs // n)
-            rest = rng.permutation(n)[: self.num_archs % n]
+            even = np.repeat(np.arange(n), num_archs // n)
+            rest = rng.permutation(n)[: num_archs % n]
             picks[:, i] = rng.permutation(np.concatenate([even, rest]))
         return picks
+
+
+class SandwichSampler(MultiArchSampler):
+    """The sandwich rule: the largest network, the smallest of what is open, and balanced draws.
+
+    Paper: "Universally Slimmable Networks and Improved Training Techniques" - https://arxiv.org/abs/1903.05134
+
+    Args:
+        space: As for `MultiArchSampler`, like the others.
+        num_archs: At least 2: the first group's network is the largest, the second's the smallest.
+        seed: Seed of the draws.
+        warmup_epochs: Epochs until every entry is open.
+
+    Raises:
+        ValueError: ``num_archs`` is less than 2 or ``warmup_epochs`` is negative.
+    """
+
+    def __init__(self, space: SearchSpace, num_archs: int, seed: int = 0, warmup_epochs: int = 30) -> None:
+        if num_archs < 2:
+            raise ValueError(f"the sandwich rule trains the largest and the smallest: num_archs {num_archs} is under 2")
+        super().__init__(space, num_archs, seed, warmup_epochs)
+
+    def picks(self, epoch: int, step: int) -> np.ndarray:
+        """See `MultiArchSampler.picks`."""
+        largest = np.zeros(len(self.space.layers), np.int64)
+        smallest = [self.num_open(len(layer.choices), epoch) - 1 for layer in self.space.layers]
+        return np.vstack([largest, smallest, self._balanced(epoch, step, self.num_archs - 2)])

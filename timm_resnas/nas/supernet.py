@@ -7,7 +7,8 @@ skips absent blocks. Training computes many sub-networks in one forward-backward
 contiguous groups, each with an architecture of its own.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -18,10 +19,14 @@ from torch import nn
 
 from ..arch import Arch, ArchError, Block, Reduction
 from ..models.vit_resnas import SpatialReduction, TransformerBlock, VitResNas, _cfg, checkpoint_filter_fn
-from .elastic import elastic_layer_norm, elastic_linear
+from .elastic import elastic_layer_norm, elastic_linear, masked_layer_norm, touch
 from .space import SearchSpace
 
-__all__ = ["VitResNasSupernet"]
+__all__ = ["MODES", "VitResNasSupernet"]
+
+MODES = ("auto", "sliced", "masked")
+
+_logger = logging.getLogger(__name__)
 
 
 class Pack(NamedTuple):
@@ -50,6 +55,7 @@ class VitResNasSupernet(VitResNas):
         self.space = space.with_model_args(**{k: kwargs[k] for k in space.model_args})
         self.active: Arch | None = None
         self._checked: dict[str, Arch] = {}
+        self._auto_mode: str | None = None
 
     # -- choosing sub-networks ------------------------------------------------------------------------------------
 
@@ -116,10 +122,10 @@ class VitResNasSupernet(VitResNas):
                 num_classes=self.num_classes,
                 pool_size=self.grids[-1],
             ),
-            device=self.cls_token.device,
+            device="meta",  # nothing to initialise
             dtype=self.cls_token.dtype,
         )
-        net.load_state_dict(self.sliced_state_dict(arch, net))
+        net.load_state_dict(self.sliced_state_dict(arch, net), assign=True)
         return net.train(self.training)
 
     def sliced_state_dict(self, arch: Arch, net: VitResNas) -> dict[str, torch.Tensor]:
@@ -143,35 +149,170 @@ class VitResNasSupernet(VitResNas):
             out[key] = value.detach().clone(memory_format=torch.contiguous_format)
         return out
 
+    # -- channel sorting ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sort_channels(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put hidden units and heads of every block in order of importance, so that sub-networks keep the best.
+
+        Importance is the sum of the absolute weights and biases that make and use a unit (paper, section 3.3; released
+        code). The function of the full network stays; that of sub-networks changes. Stable and in place; gradients
+        are permuted along. In distributed training every process must call it.
+
+        Args:
+            optimizer: Its moments are permuted along (the released code leaves them where they were).
+
+        Raises:
+            ValueError: The optimizer keeps a state that is not per weight, such as factored moments.
+        """
+        state = {} if optimizer is None else optimizer.state
+        for block in self.blocks:
+            if not isinstance(block, TransformerBlock):
+                continue
+            attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+            order = _order(_strength(fc1.weight, 0) + _strength(fc1.bias, 0) + _strength(fc2.weight, 1))
+            for param, dim in ((fc1.weight, 0), (fc1.bias, 0), (fc2.weight, 1)):
+                _permute(param, dim, order, state)
+
+            qkv, proj = attn.qkv, attn.proj
+            strength = _strength(qkv.weight, 0) + _strength(qkv.bias, 0)  # [q, k, v][head][head_dim]
+            strength = strength.view(3, -1, attn.head_dim).sum(dim=(0, 2))
+            strength += _strength(proj.weight, 1).view(-1, attn.head_dim).sum(dim=1)
+            order = torch.arange(proj.in_features, device=strength.device).view(-1, attn.head_dim)
+            order = order[_order(strength)].flatten()
+            thirds = torch.cat([order + i * proj.in_features for i in range(3)])
+            for param, dim, index in ((qkv.weight, 0, thirds), (qkv.bias, 0, thirds), (proj.weight, 1, order)):
+                _permute(param, dim, index, state)
+
     # -- forward --------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, archs: Iterable[Arch | Any] | None = None, mode: str = "auto"):
         """Logits (and patch or distillation logits, as `VitResNas.forward`) in batch order.
 
+        The backward pass of sub-networks gives every parameter a gradient, zero where none of them uses it.
+
         Args:
             x: Images [B, C, H, W].
             archs: Sub-networks, each computed on its own of ``len(archs)`` equal contiguous groups of the batch.
                 None: the active architecture (`set_arch`) on the whole batch.
-            mode: How several sub-networks are computed; 'sliced' multiplies only each one's slices of the weights.
+            mode: How several sub-networks are computed. 'sliced' multiplies only each one's slices of the weights;
+                'masked' computes the full network and masks channels (the paper's way). Both give the same outputs
+                and gradients, up to rounding. 'auto' chooses.
 
         Raises:
-            ValueError: The batch is not a multiple of the number of architectures, or the mode is unknown.
+            ValueError: The batch is not a multiple of the number of architectures, the images have another size than
+                the supernet's, or the mode is unknown.
             ArchError: An architecture does not fit in the supernet.
         """
-        if mode not in ("auto", "sliced"):
-            raise ValueError(f"mode must be 'auto' or 'sliced', got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+        if archs is None and self.active is None:
+            return super().forward(x)
+        if tuple(x.shape[2:]) != self.img_size:
+            size, own = ("x".join(map(str, s)) for s in (x.shape[2:], self.img_size))
+            raise ValueError(f"images of {size} do not match the supernet's {own}; see set_input_size")
         if archs is None:
-            if self.active is None:
-                return super().forward(x)
             return self.forward_from_stem(self.patch_embed.stem(x))
         archs = [self.check_arch(a) for a in archs]
         if not archs or x.shape[0] % len(archs):
             raise ValueError(f"a batch of {x.shape[0]} images cannot be cut into {len(archs)} equal groups")
-        return self._forward_sliced(self.patch_embed.stem(x), archs)
+        if self.num_classes <= 0 and len({a.head.dim for a in archs}) > 1:
+            raise ValueError("sub-networks of several widths need a classifier; the supernet has num_classes=0")
+        compute = self._forward_masked if self._choose(mode) == "masked" else self._forward_sliced
+        return compute(self.patch_embed.stem(x), archs)
 
     def forward_from_stem(self, stem: torch.Tensor):
         """`forward` of the active architecture from ``net.patch_embed.stem(x)``, which all sub-networks share."""
         return self._forward_sliced(stem, [self.active or self.arch])
+
+    def _choose(self, mode: str) -> str:
+        """The mode that 'auto' stands for; said once."""
+        if mode != "auto":
+            return mode
+        if self._auto_mode is None:
+            self._auto_mode = "sliced"
+            _logger.info("sub-networks are computed in mode '%s'", self._auto_mode)
+        return self._auto_mode
+
+    def _tokens(self, patches: torch.Tensor) -> torch.Tensor:
+        """Prefix tokens in front of patches [R, N, dim], position embedding, dropout."""
+        dim = patches.shape[-1]
+        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        tokens = [t[..., :dim].expand(patches.shape[0], -1, -1) for t in tokens]
+        return self.pos_drop(torch.cat([*tokens, patches], dim=1) + self.pos_embed[..., :dim])
+
+    def _unused(self) -> list[nn.Parameter]:
+        """Parameters of heads that this forward leaves out."""
+        if self.patch_head is None or (self.token_labeling and self.training):
+            return []
+        return list(self.patch_head.parameters())
+
+    # -- masked: the full network, with channels of each group set to zero ------------------------------------------
+
+    def _forward_masked(self, stem: torch.Tensor, archs: Sequence[Arch]):
+        # x is [groups, images, tokens, channels] and zero where a group's mask is
+        groups = len(archs)
+        masks = self._masks(archs, like=stem)
+        keep = next(masks)
+        x = self._tokens(self.patch_embed.projection(stem).flatten(2).transpose(1, 2))
+        x = x.unflatten(0, (groups, -1)) * keep
+        for block in self.blocks:
+            if isinstance(block, SpatialReduction):
+                x = self._masked_reduce(block, x, keep, keep := next(masks))
+                continue
+            args = (block, x, keep, next(masks), next(masks), next(masks))
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._masked_block, *args)
+            else:
+                x = self._masked_block(*args)
+        x = masked_layer_norm(x, keep, self.norm.weight, self.norm.bias, self.norm.eps).flatten(0, 1)
+        if self.num_classes <= 0:
+            x = x[..., : archs[0].head.dim]
+        return self.forward_head(touch(x, self._unused()))
+
+    def _masks(self, archs: Sequence[Arch], like: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Masks [groups, 1, 1, channels] in the order of use, each the first channels of its group.
+
+        Embedding and reductions: their width. Blocks: heads, hidden units, width of both branches' sums (none where
+        the block is absent).
+        """
+        largest = [(self.arch.patch_embed.dim, [arch.patch_embed.dim for arch in archs])]
+        for limit, *entries in zip(self.arch.blocks, *(arch.blocks for arch in archs), strict=True):
+            if isinstance(limit, Reduction):
+                largest.append((limit.out_dim, [e.out_dim for e in entries]))
+            else:
+                largest.append((limit.attn_dim, [e.attn_dim for e in entries]))
+                largest.append((limit.mlp_hidden, [e.mlp_hidden for e in entries]))
+                largest.append((limit.dim, [e.dim * e.exists for e in entries]))
+        sizes, widths = zip(*largest, strict=True)
+        widths = torch.tensor(widths, device=like.device)[:, :, None, None, None]  # all at once: one transfer
+        channel = torch.arange(max(sizes), device=like.device)
+        for size, width in zip(sizes, widths, strict=True):
+            yield (channel[:size] < width).to(self.pos_embed.dtype)
+
+    def _masked_block(self, block: TransformerBlock, x, keep, heads, hidden, branch) -> torch.Tensor:
+        attn, mlp = block.attn, block.mlp
+        groups = (len(x), -1)
+        y = masked_layer_norm(x, keep, block.norm1.weight, block.norm1.bias, block.norm1.eps)
+        y = _attend(attn.qkv(y).flatten(0, 1), attn.head_dim, attn.attn_drop.p if self.training else 0.0)
+        y = attn.proj(y.unflatten(0, groups) * heads.to(y.dtype)).flatten(0, 1)
+        x = torch.addcmul(x, block.drop_path1(attn.proj_drop(y)).unflatten(0, groups), branch)
+
+        y = masked_layer_norm(x, keep, block.norm2.weight, block.norm2.bias, block.norm2.eps)
+        y = mlp.drop1(mlp.act(mlp.fc1(y)).mul_(hidden))
+        y = mlp.drop2(mlp.fc2(y)).flatten(0, 1)
+        return torch.addcmul(x, block.drop_path2(y).unflatten(0, groups), branch)
+
+    def _masked_reduce(self, block: SpatialReduction, x, keep, out) -> torch.Tensor:
+        prefix = block.num_prefix_tokens
+        y = masked_layer_norm(x, keep, block.norm.weight, block.norm.bias, block.norm.eps).flatten(0, 1)
+        patches = block.patch_reduce(block.to_map(y[:, prefix:])).flatten(2).transpose(1, 2) + block.pos_embed
+        y = torch.cat([block.token_transform(y[:, :prefix]), patches], dim=1)
+        shortcut = F.pad(_pool(block, x.flatten(0, 1)), (0, block.out_dim - block.in_dim))
+        groups = (len(x), -1)
+        return torch.addcmul(shortcut.unflatten(0, groups), y.unflatten(0, groups), out)
+
+    # -- sliced: each group through its own slices of the weights ---------------------------------------------------
 
     def _forward_sliced(self, stem: torch.Tensor, archs: Sequence[Arch]):
         packs = self._embed_packs(stem, archs)
@@ -202,19 +343,15 @@ class VitResNasSupernet(VitResNas):
             [[patches.shape[-1]] * len(groups) for groups in members.values()],
             [[dim] * len(groups) for dim, groups in members.items()],
         )
-        packs = []
-        for (dim, groups), x in zip(members.items(), xs, strict=True):
-            tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-            tokens = [t[..., :dim].expand(x.shape[0], -1, -1) for t in tokens]
-            packs.append(Pack(groups, self.pos_drop(torch.cat([*tokens, x], dim=1) + self.pos_embed[..., :dim])))
-        return packs
+        return [Pack(groups, self._tokens(x)) for groups, x in zip(members.values(), xs, strict=True)]
 
     def _block(self, block: TransformerBlock, packs: list[Pack], entries: Sequence[Block]) -> list[Pack]:
         """One transformer block on the groups in which it is present."""
         kept = [[i for i, g in enumerate(pack.groups) if entries[g].exists] for pack in packs]
         touched = [k for k, rows in enumerate(kept) if rows]
         if not touched:
-            return packs
+            first, *rest = packs
+            return [Pack(first.groups, touch(first.x, list(block.parameters()))), *rest]
         genes = [[entries[packs[k].groups[i]] for i in kept[k]] for k in touched]
         xs = [_rows(packs[k], kept[k]) for k in touched]
         dims = [[x.shape[-1]] * len(g) for x, g in zip(xs, genes, strict=True)]
@@ -264,8 +401,7 @@ class VitResNasSupernet(VitResNas):
         )
         reduced: dict[int, torch.Tensor] = {}
         for pack, token, patch, widths in zip(packs, tokens, patches, outs, strict=True):
-            pooled = F.avg_pool2d(block.to_map(pack.x[:, prefix:]), 2).flatten(2).transpose(1, 2)
-            shortcut = torch.cat([pack.x[:, :prefix], pooled], dim=1)
+            shortcut = _pool(block, pack.x)
             each = shortcut.shape[0] // len(pack.groups)
             for i, (group, dim) in enumerate(zip(pack.groups, widths, strict=True)):
                 rows = slice(i * each, (i + 1) * each)
@@ -278,6 +414,7 @@ class VitResNasSupernet(VitResNas):
         """Final norm and classifiers; outputs in batch order, in the forms of `forward_head`."""
         prefix = self.num_prefix_tokens
         xs = [elastic_layer_norm(pack.x, self.norm.weight, self.norm.bias, self.norm.eps) for pack in packs]
+        xs[0] = touch(xs[0], self._unused())
 
         def classify(head: nn.Module, features: list[torch.Tensor]) -> torch.Tensor:
             features = [self.head_drop(f) for f in features]
@@ -285,8 +422,6 @@ class VitResNasSupernet(VitResNas):
                 ins = [[f.shape[-1]] * len(pack.groups) for f, pack in zip(features, packs, strict=True)]
                 outs = [[head.out_features] * len(pack.groups) for pack in packs]
                 features = elastic_linear(features, head.weight, head.bias, ins, outs)
-            elif len(packs) > 1:
-                raise ValueError("sub-networks of several widths need a classifier; the supernet has num_classes=0")
             parts = {}
             for pack, f in zip(packs, features, strict=True):
                 parts.update(zip(pack.groups, f.chunk(len(pack.groups)), strict=True))
@@ -308,6 +443,33 @@ class VitResNasSupernet(VitResNas):
         if self.token_labeling and self.training:
             return logits, classify(self.patch_head, [x[:, prefix:] for x in xs])
         return logits
+
+
+def _strength(param: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum of absolute values of each index of ``dim``."""
+    # double, so that no order of summation decides which comes first
+    dtype = torch.float32 if param.device.type == "mps" else torch.float64
+    others = [d for d in range(param.ndim) if d != dim]
+    return param.abs().sum(dim=others, dtype=dtype) if others else param.abs().to(dtype)
+
+
+def _order(strength: torch.Tensor) -> torch.Tensor:
+    return torch.argsort(strength, descending=True, stable=True)
+
+
+def _permute(param: torch.Tensor, dim: int, order: torch.Tensor, state: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+    """Reorder a parameter, its gradient and its optimizer state in place."""
+    tensors = [param] if param.grad is None else [param, param.grad]
+    for name, value in state.get(param, {}).items():
+        if isinstance(value, torch.Tensor) and value.shape == param.shape:
+            tensors.append(value)
+        elif isinstance(value, torch.Tensor) and value.numel() > 1:
+            raise ValueError(
+                f"the optimizer's state {name!r} of shape {list(value.shape)} cannot be sorted along with a parameter "
+                f"of shape {list(param.shape)}; sort_channels needs an optimizer with state per weight, such as AdamW"
+            )
+    for tensor in tensors:
+        tensor.copy_(tensor.index_select(dim, order))
 
 
 def _fits(entry: Any, limit: Any) -> bool:
@@ -350,6 +512,13 @@ def _put_rows(pack: Pack, kept: list[int], x: torch.Tensor) -> Pack:
     for i, part in zip(kept, x.chunk(len(kept)), strict=True):
         parts[i] = part
     return Pack(pack.groups, torch.cat(parts))
+
+
+def _pool(block: SpatialReduction, x: torch.Tensor) -> torch.Tensor:
+    """The residual of a spatial reduction before its channels are padded: patches pooled, prefix tokens as they are."""
+    prefix = block.num_prefix_tokens
+    pooled = F.avg_pool2d(block.to_map(x[:, prefix:]), 2).flatten(2).transpose(1, 2)
+    return torch.cat([x[:, :prefix], pooled], dim=1)
 
 
 def _attend(qkv: torch.Tensor, head_dim: int, dropout: float) -> torch.Tensor:

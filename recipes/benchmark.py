@@ -1,0 +1,178 @@
+"""Speed, measured as ratios: everything that is compared runs interleaved in one process; medians and spread.
+
+    python recipes/benchmark.py supernet-step --num-archs 16
+    python recipes/benchmark.py supernet-step --num-archs 2 --batch-size 128 --device cuda --dtype bfloat16
+
+`supernet-step` times forward and backward of one training step of a supernet: `masked` and `sliced`
+multi-architecture computation of the same sub-networks, the plain largest network, and a plain network whose MACs are
+the mean of the sub-networks'. The arithmetic limit is the largest network's MACs over the sub-networks' mean: what
+sliced would gain over the largest if arithmetic were all that counts. Peak memory is what a step adds to what the
+network itself takes, each in a process of its own.
+"""
+
+import common  # noqa: F401  (before torch, see there)
+
+# isort: split
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import timm
+import torch
+from common import main_guard
+
+import timm_resnas  # noqa: F401  (registers the models)
+from timm_resnas import Arch
+from timm_resnas.nas.sampling import MultiArchSampler
+from timm_resnas.nas.space import SearchSpace
+
+MODES = ("masked", "sliced", "largest", "average")
+
+
+def average_network(space: SearchSpace, macs: float) -> Arch:
+    """A sub-network of about so many MACs, of middling width in every stage."""
+    candidates = space.sample_many(2000, np.random.default_rng(0))
+    return min(candidates, key=lambda a: abs(space.costs(a)["macs"] - macs))
+
+
+def make_steps(args: argparse.Namespace, modes: tuple[str, ...]) -> tuple[dict[str, Callable[[int], None]], float]:
+    """One function per mode that runs forward and backward of a step; and the arithmetic limit."""
+    space = SearchSpace.preset(args.space)
+    if args.img_size:
+        space = space.with_model_args(img_size=args.img_size)
+    sampler = MultiArchSampler(space, args.num_archs, args.seed, warmup_epochs=0)
+    sampled = [a for step in range(args.rounds + 1) for a in sampler.archs(0, step)]
+    mean = statistics.mean(space.costs(a)["macs"] for a in sampled)
+    limit = space.costs(space.largest)["macs"] / mean
+    torch.manual_seed(args.seed)
+    dtype = getattr(torch, args.dtype)
+    nets: dict[str, torch.nn.Module] = {}
+    if {"masked", "sliced", "largest"} & set(modes):
+        supernet = timm.create_model("vit_resnas_supernet", space=space.to_dict()).to(args.device).train()
+        nets = dict.fromkeys(("masked", "sliced", "largest"), supernet)
+    if "average" in modes:
+        nets["average"] = timm.create_model(
+            "vit_resnas",
+            network_def=average_network(space, mean).canonical().to_network_def(),
+            **{k: space.model_args[k] for k in ("img_size", "patch_size", "in_chans")},
+        )
+        nets["average"] = nets["average"].to(args.device).train()
+    model_args = space.model_args
+    size = model_args["img_size"]
+    size = [size, size] if isinstance(size, int) else size
+    x = torch.randn(args.batch_size, model_args["in_chans"], *size, device=args.device)
+    y = torch.randint(0, model_args["num_classes"], (args.batch_size,), device=args.device)
+
+    def make(mode: str) -> Callable[[int], None]:
+        net = nets[mode]
+        forward = torch.compile(net) if args.compile and mode in ("largest", "average") else net
+
+        def step(i: int) -> None:
+            net.zero_grad(set_to_none=True)
+            with torch.autocast(args.device, dtype=dtype, enabled=dtype is not torch.float32):
+                if mode in ("masked", "sliced"):
+                    out = forward(x, archs=sampler.archs(0, i), mode=mode)
+                else:
+                    out = forward(x)
+                loss = torch.nn.functional.cross_entropy(out, y)
+            loss.backward()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+
+        return step
+
+    return {mode: make(mode) for mode in modes}, limit
+
+
+def peak_memory(args: argparse.Namespace, mode: str) -> float:
+    """Bytes that a step takes beyond what was there before it."""
+    steps, _ = make_steps(args, (mode,))
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        steps[mode](0)
+        return torch.cuda.max_memory_allocated() - before
+    with open("/proc/self/statm") as f:
+        before = int(f.read().split()[1]) * resource.getpagesize()
+    steps[mode](0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def supernet_step(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(peak_memory(args, args.memory_of))
+        return
+    steps, limit = make_steps(args, MODES)
+    for step in steps.values():
+        step(0)
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for i in range(1, args.rounds + 1):
+        order = MODES[i % len(MODES) :] + MODES[: i % len(MODES)]
+        for mode in order:
+            begin = time.perf_counter()
+            steps[mode](i)
+            seconds[mode].append(time.perf_counter() - begin)
+    memory = {}
+    for mode in MODES:
+        done = subprocess.run([sys.executable, *sys.argv, "--memory-of", mode], capture_output=True, text=True)
+        memory[mode] = float(done.stdout) if done.returncode == 0 else float("nan")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{args.space}, batch {args.batch_size} in {args.num_archs} groups, {args.dtype}, {name}, "
+        f"{args.rounds} rounds; arithmetic limit {limit:.2f}x the largest"
+    )
+    print("| computation | ms, median (min to max) | images/s | speed against masked | against largest | peak memory |")
+    print("|---|---|---|---|---|---|")
+    for mode in MODES:
+        s = seconds[mode]
+        ratio = {
+            other: statistics.median(o / m for o, m in zip(seconds[other], s, strict=True))
+            for other in ("masked", "largest")
+        }
+        print(
+            f"| {mode} | {1e3 * statistics.median(s):.0f} ({1e3 * min(s):.0f} to {1e3 * max(s):.0f}) "
+            f"| {args.batch_size / statistics.median(s):.1f} | {ratio['masked']:.2f}x | {ratio['largest']:.2f}x "
+            f"| {memory[mode] / 2**20:.0f} MiB |"
+        )
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"args": vars(args) | {"run": None}, "seconds": seconds, "memory": memory, "limit": limit}, f)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser("supernet-step", help="a training step: masked, sliced, plain networks")
+    verb.set_defaults(run=supernet_step)
+    verb.add_argument("--space", default="vit_resnas_tiny")
+    verb.add_argument("--img-size", type=int)
+    verb.add_argument("--batch-size", type=int, default=32)
+    verb.add_argument("--num-archs", type=int, default=16)
+    verb.add_argument("--rounds", type=int, default=5)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    verb.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    verb.add_argument("--threads", type=int, default=0)
+    verb.add_argument("--compile", action="store_true", help="torch.compile the plain networks")
+    verb.add_argument("--json", metavar="FILE", help="also write every measurement")
+    verb.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    with main_guard("benchmark.py"):
+        args.run(args)
+
+
+if __name__ == "__main__":
+    main()

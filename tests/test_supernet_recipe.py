@@ -1,0 +1,420 @@
+"""Training a supernet, run as a user runs it: killed and continued, in one process or two, on real images."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import supernet
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from common import HelpFormatter, Run, RunError, add_run_options, parse, start
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_resnas.nas.jsonl import read_jsonl
+from timm_resnas.nas.space import SearchSpace
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# 14 steps an epoch on 16 px digits; channels are sorted at the start of either epoch
+QUICK = [
+    *("--cpu", "--threads", "1", "--img-size", "16", "--batch-size", "64", "--num-archs", "4", "--epochs", "2"),
+    *("--arch-warmup-epochs", "1", "--warmup-epochs", "1", "--eval-every", "1", "--drop-path", "0.2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+# A process that has imported the recipe and forks one that runs it, for each line of options that it reads.
+NURSERY = """
+import json, os, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import matplotlib.backends.backend_agg, supernet
+supernet.load_splits("digits")  # imports what it needs
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        status = os.waitpid(job["wait"], 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    os.environ.update(job["env"])
+    log = os.open(job["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    code = 0
+    try:
+        supernet.main(job["argv"])
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code or 0)
+"""
+
+
+class Nursery:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, str(RECIPES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, **job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, folder, *options, **env):
+        argv = [*QUICK, "--output", str(folder.parent), "--name", folder.name, *options]
+        return self.ask(argv=argv, env=env, log=f"{folder}.log")
+
+    def start_two(self, folder, *options):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        common["GLOO_SOCKET_IFNAME"] = "lo"
+        return [self.start(folder, *options, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+
+    def wait(self, pid):
+        return self.ask(wait=pid)
+
+    def run(self, folder, *options):
+        assert self.wait(self.start(folder, *options)) == 0, Path(f"{folder}.log").read_text()
+
+    def run_two(self, folder, *options):
+        assert [self.wait(p) for p in self.start_two(folder, *options)] == [0, 0], Path(f"{folder}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    made = Nursery()
+    yield made
+    made.process.stdin.close()
+    made.process.stdout.close()
+    made.process.wait()
+
+
+@pytest.fixture(scope="module")
+def straight(nursery, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    nursery.run(folder)
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "supernet" / "model.safetensors")
+
+
+def records(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "training.jsonl")]
+
+
+def assert_equal_runs(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert records(one) == records(other)
+
+
+def checkpoints(folder):
+    return sorted((folder / "state" / "training").glob("step-*.pt"))
+
+
+def wait_for_step(folder, step, pid):
+    """Until a checkpoint of this step or a later one is there."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        found = checkpoints(folder)
+        if found and int(found[-1].stem[5:]) >= step:
+            return
+        os.kill(pid, 0)  # it runs
+        time.sleep(0.005)
+    raise TimeoutError(Path(f"{folder}.log").read_text())
+
+
+def test_what_a_run_leaves(straight):
+    assert {p.name for p in straight.iterdir()} == {
+        *("config.yaml", "state", "supernet", "training.jsonl", "training.png"),
+    }
+    assert [p.name for p in (straight / "state").iterdir()] == ["data.json"]
+    lines = read_jsonl(straight / "training.jsonl")
+    assert [(r["epoch"], r["step"]) for r in lines] == [(1, 14), (2, 28)]
+    assert all(set(r["accuracy"]) == {"largest", "smallest", "random 1", "random 2", "random 3"} for r in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["accuracy"]["largest"] > 0.3
+    assert 0 < lines[0]["seconds"] < lines[1]["seconds"]
+    with Image.open(straight / "training.png") as image:
+        assert image.size == (1300, 520)
+    net = timm.create_model(f"local-dir:{straight / 'supernet'}", pretrained=True)
+    assert net.space == SearchSpace.preset("micro", img_size=(16, 16))
+    train, val = json.loads((straight / "state" / "data.json").read_text())
+    assert not set(train) & set(val) and len(train) // 64 == 14
+
+
+def test_killed_at_random_moments(nursery, straight, tmp_path):
+    """SIGKILL six times, once before the first checkpoint; the seventh life ends as if nothing had happened."""
+    folder, rng = tmp_path / "killed", random.Random(5)
+    pid = nursery.start(folder, "--checkpoint-steps", "3")
+    while not (folder / "config.yaml").exists():
+        time.sleep(0.005)
+    time.sleep(0.3 * rng.random())
+    os.kill(pid, signal.SIGKILL)
+    assert nursery.wait(pid) == -signal.SIGKILL
+    for life in range(5):
+        reached = int(checkpoints(folder)[-1].stem[5:]) if checkpoints(folder) else 0
+        pid = nursery.start(folder, "--checkpoint-steps", "3")
+        wait_for_step(folder, reached + 3, pid)
+        time.sleep(0.15 * rng.random())
+        os.kill(pid, signal.SIGKILL)
+        assert nursery.wait(pid) == -signal.SIGKILL, life
+        assert len(checkpoints(folder)) <= 2
+    nursery.run(folder, "--checkpoint-steps", "3")
+    log = Path(f"{folder}.log").read_text()
+    assert log.count("goes on at step") >= 5 and "damaged" not in log
+    assert_equal_runs(folder, straight)
+
+
+def test_a_damaged_checkpoint_and_an_epochs_boundary(nursery, straight, tmp_path):
+    """The newest checkpoint is cut short: the one before, at the end of an epoch, is taken, and channels are sorted."""
+    folder = tmp_path / "damaged"
+    pid = nursery.start(folder, "--checkpoint-steps", "16")
+    wait_for_step(folder, 16, pid)
+    os.kill(pid, signal.SIGKILL)
+    nursery.wait(pid)
+    for path in checkpoints(folder)[2:]:
+        path.unlink()
+    first, second = checkpoints(folder)
+    assert (first.stem, second.stem) == ("step-000000014", "step-000000016")
+    second.write_bytes(second.read_bytes()[:-1000])
+    (folder / "state" / "training" / "unfinished").write_bytes(b"half of a checkpoint")
+    with (folder / "training.jsonl").open("a") as f:  # killed between a record and its checkpoint, and within a line
+        f.write(json.dumps({"epoch": 2, "step": 28, "loss": 0.0, "accuracy": {}, "seconds": 1.0}) + '\n{"epoch": 3')
+    nursery.run(folder)
+    log = Path(f"{folder}.log").read_text()
+    assert f"note: {second} is damaged" in log and "goes on at step 14 of 28" in log
+    assert_equal_runs(folder, straight)
+
+
+def test_a_checkpoint_under_another_name_is_not_trusted(tmp_path):
+    path = tmp_path / "step-000000005.pt"
+    state = {"net": {}, "optimizer": {}, "position": {"step": 4, "loss_sum": 0.0, "loss_steps": 0, "seconds": 1.0}}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="it holds step 4"):
+        supernet.read_checkpoint(path)
+    path.rename(tmp_path / "step-000000004.pt")
+    assert supernet.read_checkpoint(tmp_path / "step-000000004.pt")[1] == supernet.Position(4, 0.0, 0, 1.0)
+
+
+TWO = ["--epochs", "1", "--arch-warmup-epochs", "0", "--accumulate", "2"]
+
+
+@pytest.fixture(scope="module")
+def straight_two(nursery, tmp_path_factory):
+    """A run of two processes, of two passes each, that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    nursery.run_two(folder, *TWO)
+    return folder
+
+
+def test_processes_and_passes_train_alike(nursery, straight_two, tmp_path):
+    """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
+    passes = tmp_path / "passes"
+    nursery.run(passes, *TWO[:-1], "4")
+    (one,), (other,) = records(straight_two), records(passes)
+    assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    found, wanted = weights(straight_two), weights(passes)
+    for key, value in wanted.items():
+        if "running" in key or "num_batches" in key:
+            continue  # the first process's own, against those of all passes
+        value, other = value, found[key]
+        if "qkv.bias" in key:  # a key's bias has no effect and no gradient but rounding's, which AdamW enlarges
+            value, other = (v.unflatten(0, (3, -1))[[0, 2]] for v in (value, other))
+        torch.testing.assert_close(other, value, rtol=0, atol=3e-4, msg=key)
+
+
+def test_all_processes_evaluate_the_weights_that_are_saved(straight_two):
+    """Batch norm's running statistics differ between processes; those of the first count."""
+    args = parse(parser(), [*QUICK, *TWO, "--output", str(straight_two.parent), "--name", straight_two.name])
+    accelerator = start(args)
+    run = Run(args, accelerator, "", supernet.FIXED)
+    data = supernet.prepare(args, run)
+    net = supernet.train(args, accelerator, run, data)
+    batches = supernet.val_batches(data, accelerator.device)
+    watched = supernet.yardsticks(data.space, args.seed)
+    assert supernet.evaluate(accelerator, net, batches, watched) == records(straight_two)[-1]["accuracy"]
+
+
+def test_two_processes_killed_and_continued_by_two_and_by_one(nursery, straight_two, tmp_path):
+    killed = tmp_path / "killed"
+    options = [*TWO, "--checkpoint-steps", "4"]
+    pids = nursery.start_two(killed, *options)
+    wait_for_step(killed, 4, pids[0])
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        nursery.wait(pid)
+    alone = tmp_path / "alone"
+    shutil.copytree(killed, alone)
+    nursery.run_two(killed, *options)
+    nursery.run(alone, *options)
+    assert_equal_runs(killed, straight_two)
+    for folder in (killed, alone):
+        assert "goes on at step" in Path(f"{folder}.log").read_text()
+    assert records(alone)[0]["loss"] == pytest.approx(records(killed)[0]["loss"], abs=0.05)
+
+
+def test_other_ways_to_train(tmp_path, monkeypatch):
+    folder, logged = tmp_path / "other", []
+    sort, sorted_after = supernet.VitResNasSupernet.sort_channels, []
+
+    def note_and_sort(net, optimizer):
+        sorted_after.append(len(optimizer.state) and int(optimizer.state[net.cls_token]["step"]))
+        sort(net, optimizer)
+
+    monkeypatch.setattr(supernet.VitResNasSupernet, "sort_channels", note_and_sort)
+    monkeypatch.setattr(supernet.Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    options = ["--sampler", "sandwich", "--mode", "masked", "--clip-grad", "0.5", "--decay-pos-embed"]
+    options += ["--batch-size", "256", "--epochs", "4", "--eval-every", "4"]  # 3 steps each
+    supernet.main([*QUICK, "--output", str(tmp_path), "--name", "other", *options])
+    assert records(folder)[0]["loss"] < 2.4
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["mode"] == "masked" and config["clip_grad"] == 0.5
+    assert sorted_after == [0, 3]  # --arch-warmup-epochs 1
+    assert [step for step, _ in logged] == [3, 6, 9, 12, 12]
+    assert sum(values["loss"] for _, values in logged[:4]) / 4 == pytest.approx(records(folder)[0]["loss"], abs=1e-5)
+    assert logged[0][1]["lr"] == pytest.approx(1e-6 + (2e-3 - 1e-6) * 2 / 3)
+    assert logged[4][1]["accuracy/largest"] == records(folder)[0]["accuracy"]["largest"]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, tmp_path, *options):
+    with pytest.raises(SystemExit) as end:
+        supernet.main([*QUICK, "--output", str(tmp_path), "--name", "run", *options])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    options = ["--lr", "1e30", "--warmup-epochs", "0", "--epochs", "2", "--checkpoint-steps", "1"]
+    error = refused(capsys, tmp_path, *options)
+    assert "not finite" in error or "loss is nan" in error or "loss is inf" in error
+    assert "lower --lr" in error
+    assert not (tmp_path / "run" / "supernet").exists()
+    for path in checkpoints(tmp_path / "run"):
+        assert all(torch.isfinite(v).all() for v in supernet.read_checkpoint(path)[0]["net"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-archs", "6", "--accumulate", "4"], "6 cannot be dealt evenly to 1 process of 4 passes.*multiple of 4"),
+        (["--batch-size", "126"], "--batch-size 126 is not a multiple of --num-archs 4"),
+        (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
+        (["--eval-every", "0"], "--eval-every must be at least 1"),
+        (["--sampler", "sandwich", "--num-archs", "1"], "num_archs 1 is under 2"),
+        (["--aa", "rand-m9"], "shift takes the place of auto_augment"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, tmp_path, capsys):
+    assert re.search(message, refused(capsys, tmp_path, *options))
+    assert not (tmp_path / "run" / "supernet").exists()
+
+
+def test_other_options_need_another_folder(straight, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        supernet.main([*QUICK, "--output", str(straight.parent), "--name", straight.name, "--sampler", "sandwich"])
+    assert "sampler 'balanced' (now 'sandwich')" in capsys.readouterr().err
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def parser():
+    made = supernet.argparse.ArgumentParser(formatter_class=HelpFormatter)
+    add_run_options(made)
+    supernet.add_options(made)
+    return made
+
+
+def test_every_option_that_decides_weights_is_fixed():
+    free = {
+        *("config", "output", "name", "cpu", "threads", "log_with", "workers", "eval_every"),
+        *("checkpoint_minutes", "checkpoint_steps"),
+    }
+    assert set(vars(parser().parse_args([]))) - free == set(supernet.FIXED)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_the_papers_settings(size):
+    path = RECIPES / "configs" / f"vit_resnas_{size}_supernet.yaml"
+    args = parse(parser(), ["--config", str(path), "--dataset", "imagefolder:there"])
+    assert args.space == f"vit_resnas_{size}" and args.dataset == "imagefolder:there"
+    assert SearchSpace.preset(args.space).model_args["img_size"] == args.img_size[0]
+    assert (args.epochs, args.batch_size, args.num_archs, args.arch_warmup_epochs) == (120, 1024, 16, 30)
+    assert (args.lr, args.min_lr, args.warmup_lr, args.warmup_epochs) == (1e-3, 1e-5, 1e-6, 5)
+    assert (args.weight_decay, args.smoothing, args.amp, args.clip_grad) == (0.05, 0.1, "fp16", None)
+    assert args.drop_path == {"tiny": 0.2, "small": 0.3}[size]
+    assert (args.scale, args.aa, args.reprob, args.hflip) == ([0.08, 1.0], "rand-m9-mstd0.5-inc1", 0.25, 0.5)
+    assert args.decay_pos_embed and args.val_per_class == 25
+    supernet.check_groups(args, 8)
+    with pytest.raises(RunError, match="multiple of 3"):
+        supernet.check_groups(args, 3)
+
+
+def test_learning_rate_of_the_papers_settings():
+    """Linear from 1e-6 over 5 epochs, then the cosine over 120, of which these 5 are a part."""
+    args = parse(parser(), ["--config", str(RECIPES / "configs" / "vit_resnas_tiny_supernet.yaml")])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=args.lr)
+    schedule = supernet.make_schedule(args, optimizer, 10)
+    rates = []
+    for step in range(1200):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 1e-6 and rates[25] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[600] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[300] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + 2**-0.5) / 2)
+    assert 1e-5 < rates[-1] < 1.1e-5
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_weight_decay(decay):
+    net = timm.create_model("vit_resnas_supernet", distill_token=True)
+    flag = "--decay-pos-embed" if decay else "--no-decay-pos-embed"
+    optimizer = supernet.make_optimizer(parser().parse_args([flag]), net)
+    names = {id(p): n for n, p in net.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert len(names) == sum(len(g["params"]) for g in optimizer.param_groups)
+    assert all(g["weight_decay"] in (0, 0.05) for g in optimizer.param_groups)
+    positions = {n for n in names.values() if n.endswith("pos_embed")}
+    assert len(positions) == 3 and (positions <= decayed) is decay and (decay or not positions & decayed)
+    params = dict(net.named_parameters())
+    assert all(params[n].ndim > 1 for n in decayed) and not {"cls_token", "dist_token"} & decayed
+    assert {"head.weight", "blocks.0.attn.qkv.weight", "patch_embed.conv_proj.weight"} <= decayed

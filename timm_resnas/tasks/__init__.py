@@ -1,0 +1,1 @@
+"""Training tasks: subclasses of `timm.task.TrainingTask`."""
