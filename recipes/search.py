@@ -84,7 +84,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", default="macs=20%", help="limits, first the one with a band: macs=1.8G,params=40M")
     group.add_argument("--search", choices=["evolution", "random"], default="evolution", help="how candidates are made")
     group.add_argument("--population", type=int, default=100, help="random candidates of generation 1 (paper: 500)")
-    group.add_argument("--iterations", type=int, default=8, help="generations, the first one included (paper: 20)")
+    group.add_argument("--iterations", type=int, default=6, help="generations, the first one included (paper: 20)")
     group.add_argument("--parents", type=int, default=25, help="best candidates that the next are made of (paper: 75)")
     group.add_argument("--mutations", type=int, default=20, help="mutated candidates per generation (paper: 75)")
     group.add_argument("--crossovers", type=int, default=20, help="crossed candidates per generation (paper: 75)")

@@ -143,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mode", choices=MODES, default="auto", help="how several sub-networks are computed")
     group.add_argument(
-        "--arch-warmup-epochs", type=int, default=3, help="epochs until all choices are open; channels are sorted"
+        "--arch-warmup-epochs", type=int, default=12, help="epochs until all choices are open; channels are sorted"
     )
     group.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     group.add_argument("--min-lr", type=float, default=1e-5, help="learning rate at the end of the cosine")

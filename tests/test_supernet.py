@@ -441,7 +441,11 @@ def test_sorting_is_in_place_ordered_and_stable():
     with torch.no_grad():
         for p, dim in ((block.mlp.fc1.weight, 0), (block.mlp.fc1.bias, 0), (block.mlp.fc2.weight, 1)):
             p.copy_(p.index_select(dim, torch.arange(40) // 2 * 2))  # equal pairs
+        block.mlp.fc1.bias[38:] = 50  # biases count
         block.mlp.fc1.bias[1::2] *= -1  # equally important, yet different
+        weak = block.attn.qkv.weight.abs().sum(1).view(3, 4, 4).sum((0, 2)).argmin()
+        block.attn.qkv.bias.view(3, 4, 4)[0, weak] = -50
+    weak = block.attn.qkv.weight.view(3, 4, 4, 24)[:, weak].clone()
     sign = block.mlp.fc1.bias.clone()
     pointers = [p.data_ptr() for p in net.parameters()]
     net.sort_channels()
@@ -454,6 +458,7 @@ def test_sorting_is_in_place_ordered_and_stable():
     qkv = attn.qkv.weight.abs().sum(1) + attn.qkv.bias.abs()
     importance = qkv.view(3, 4, 4).sum((0, 2)) + attn.proj.weight.abs().sum(0).view(4, 4).sum(1)
     assert (importance.diff() <= 0).all()
+    assert fc1.bias[0] == 50 and torch.equal(attn.qkv.weight.view(3, 4, 4, 24)[:, 0], weak)
     state = copy.deepcopy(net.state_dict())
     net.sort_channels()
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
