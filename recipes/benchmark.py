@@ -10,10 +10,6 @@ sliced would gain over the largest if arithmetic were all that counts. Peak memo
 network itself takes, each in a process of its own.
 """
 
-import common  # noqa: F401  (before torch, see there)
-
-# isort: split
-
 import argparse
 import json
 import resource

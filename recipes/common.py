@@ -1,16 +1,9 @@
-"""What the recipes share: options from YAML and flags, the run's folder, one process or many, plain error messages.
-
-Recipes import this before torch, which reads how its threads are to wait when it is loaded.
-"""
-
-import os
-
-# Threads that spin while they wait cost a run on a busy machine most of its speed.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+"""What the recipes share: options from YAML and flags, the run's folder, one process or many, plain error messages."""
 
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping

@@ -27,10 +27,6 @@ Errors: an unknown space or dataset, an image size that the total stride does no
 cannot meet, classes with too few images; each is said before anything is trained.
 """
 
-import common  # noqa: F401  (before torch, see there)
-
-# isort: split
-
 import argparse
 import hashlib
 import json

@@ -26,10 +26,6 @@ not divide, groups that do not divide the batch or the processes, options other 
 that is not finite ends the run with the last good checkpoint in place.
 """
 
-import common  # noqa: F401  (before torch, see there)
-
-# isort: split
-
 import argparse
 import contextlib
 import functools
