@@ -8,6 +8,11 @@ multi-architecture computation of the same sub-networks, the plain largest netwo
 the mean of the sub-networks'. The arithmetic limit is the largest network's MACs over the sub-networks' mean: what
 sliced would gain over the largest if arithmetic were all that counts. Peak memory is what a step adds to what the
 network itself takes, each in a process of its own.
+
+    python recipes/benchmark.py inherited runs/digits-micro
+
+`inherited` trains some networks of the space alone, from scratch, on as many images in total as the run's supernet
+saw, with its optimizer, schedule and augmentation, and compares their test accuracy with the inherited weights'.
 """
 
 import argparse
@@ -18,14 +23,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import supernet as recipe
 import timm
 import torch
-from common import main_guard
+import yaml
+from common import add_run_options, main_guard
+from timm.optim import create_optimizer_v2
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas import Arch
+from timm_resnas.data import (
+    default_data_config,
+    eval_batches,
+    eval_transform,
+    load_splits,
+    train_loader,
+    train_transform,
+)
+from timm_resnas.nas.cost import format_cost
+from timm_resnas.nas.evaluate import count_correct
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
 
@@ -144,6 +163,56 @@ def supernet_step(args: argparse.Namespace) -> None:
             json.dump({"args": vars(args) | {"run": None}, "seconds": seconds, "memory": memory, "limit": limit}, f)
 
 
+def inherited(args: argparse.Namespace) -> None:
+    config = yaml.safe_load((args.run_folder / "config.yaml").read_text(encoding="utf-8"))
+    options = argparse.ArgumentParser()
+    add_run_options(options)
+    recipe.add_options(options)
+    options = argparse.Namespace(**{**vars(options.parse_args([])), **config})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train, val = json.loads((args.run_folder / "state" / "data.json").read_text(encoding="utf-8"))
+    supernet = timm.create_model(f"local-dir:{args.run_folder / 'supernet'}", pretrained=True).eval()
+    space = supernet.space
+    splits = load_splits(options.dataset)
+    size = tuple(supernet.img_size)
+    data = recipe.Data(splits, space, train, val, default_data_config(splits, size, indices=train))
+    test = eval_batches(splits.test, eval_transform(data.config))
+    print(f"{options.dataset}: {options.epochs} epochs of {len(train)} images, {len(splits.test)} to test")
+    print("| MACs | inherited | trained alone | ratio |")
+    print("|---|---|---|---|")
+    ratios = []
+    for i, arch in enumerate(space.sample_many(args.count, np.random.default_rng(args.seed))):
+        supernet.set_arch(arch)
+        correct, images = count_correct(supernet, test)
+        torch.manual_seed(args.seed + i)
+        net = supernet.extract(arch)
+        net.init_weights()
+        loader = train_loader(
+            splits.train.select(train),
+            train_transform(data.config, **recipe.augmentation(options, data)),
+            options.batch_size,
+            seed=args.seed + i,
+        )
+        optimizer = create_optimizer_v2(net, opt="adamw", lr=options.lr, weight_decay=options.weight_decay)
+        schedule = recipe.make_schedule(options, optimizer, len(loader))
+        net.train()
+        step = 0
+        for epoch in range(options.epochs):
+            for x, y in loader.epoch(epoch):
+                schedule.step_update(step)
+                loss = torch.nn.functional.cross_entropy(net(x), y, label_smoothing=options.smoothing)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+        alone, _ = count_correct(net.eval(), test)
+        ratios.append(correct / alone)
+        macs = format_cost("macs", space.costs(arch)["macs"])
+        print(f"| {macs} | {correct / images:.4f} | {alone / images:.4f} | {ratios[-1]:.4f} |", flush=True)
+    print(f"ratio: mean {statistics.mean(ratios):.4f}, least {min(ratios):.4f}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -161,6 +230,13 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--compile", action="store_true", help="torch.compile the plain networks")
     verb.add_argument("--json", metavar="FILE", help="also write every measurement")
     verb.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+
+    verb = verbs.add_parser("inherited", help="accuracy of inherited weights against training alone")
+    verb.set_defaults(run=inherited)
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
+    verb.add_argument("--count", type=int, default=5, help="networks, drawn at random from the space")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--threads", type=int, default=0)
     return parser
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Widths", "elastic_layer_norm", "elastic_linear"]
+__all__ = ["Widths", "elastic_layer_norm", "elastic_linear", "masked_layer_norm", "touch"]
 
 # One width for each group of each pack.
 Widths = Sequence[Sequence[int]]
@@ -218,6 +218,3 @@ class _Touch(torch.autograd.Function):
         # one zero each, which takes the parameter's size only where the gradient is kept
         zeros = [torch.zeros((), dtype=t, device=d).expand(s) for s, t, d in ctx.shapes]
         return grad, *(z if needed else None for z, needed in zip(zeros, ctx.needs_input_grad[1:], strict=True))
-
-
-__all__ += ["masked_layer_norm", "touch"]
