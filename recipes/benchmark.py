@@ -117,7 +117,9 @@ def peak_memory(args: argparse.Namespace, mode: str) -> float:
     with open("/proc/self/statm") as f:
         before = int(f.read().split()[1]) * resource.getpagesize()
     steps[mode](0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with open("/proc/self/status") as f:  # rusage's peak includes that of the process that started this one
+        peak = next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
+    return peak * 1024 - before
 
 
 def supernet_step(args: argparse.Namespace) -> None:
