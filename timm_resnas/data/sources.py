@@ -114,7 +114,6 @@ def _digits() -> Splits:
         _grey_dataset(pixels[test], labels[test], names),
         description="Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998; UCI Machine Learning "
         "Repository), the 1,797 images of 8x8 pixels that scikit-learn ships",
-        license="CC BY 4.0",
     )
 
 
