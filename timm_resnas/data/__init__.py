@@ -5,8 +5,18 @@ Needs the extra `recipes` (`datasets`; scikit-learn for the embedded digits) onc
 
 from .images import DataError, Images
 from .loaders import EvalBatches, TrainLoader, eval_batches, train_loader
+from .mix import MixedBatch, TokenMix
 from .sources import Splits, load_splits
-from .splits import check_leak, content_hashes, find_leaks, repeated, split_search_val
+from .splits import (
+    check_leak,
+    content_hashes,
+    find_leaks,
+    repeated,
+    split_search_val,
+    trained_on,
+    training_record,
+)
+from .stream import stream_loader
 from .transforms import (
     ImageTransform,
     ShiftTransform,
@@ -22,8 +32,10 @@ __all__ = [
     "EvalBatches",
     "ImageTransform",
     "Images",
+    "MixedBatch",
     "ShiftTransform",
     "Splits",
+    "TokenMix",
     "TrainLoader",
     "channel_stats",
     "check_leak",
@@ -36,6 +48,9 @@ __all__ = [
     "load_splits",
     "repeated",
     "split_search_val",
+    "stream_loader",
     "train_loader",
     "train_transform",
+    "trained_on",
+    "training_record",
 ]

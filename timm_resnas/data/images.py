@@ -47,6 +47,14 @@ def require(module: str):
         ) from error
 
 
+def first_rows(stream, count: int):
+    """The first rows of a `datasets.IterableDataset` with `image` and `label`, as a `Dataset` of undecoded images."""
+    datasets = require("datasets")
+    raw = stream.cast_column("image", datasets.Image(decode=False))
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": stream.features["label"]})
+    return datasets.Dataset.from_list(list(raw.take(count)), features=features)
+
+
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Converts to `mode` ('RGB' or 'L') as timm's datasets do, by `Image.convert`, but 16-bit greys unclipped."""
     if image.mode.startswith("I"):  # I;16, I;16B, or I: how 16-bit PNG and TIFF arrive
@@ -172,13 +180,16 @@ class Images(torch.utils.data.Dataset):
         if not new or torch.utils.data.get_worker_info() is not None:
             return  # the loader reports a worker's findings again in the main process
         for index, reason in new.items():
-            _logger.warning("image %d of %d cannot be read and is left out: %s", index, len(self), reason)
+            _logger.warning("%s cannot be read and is left out: %s", self._describe(index), reason)
         limit = max(1, int(self.max_corrupt * len(self)))
         if len(self.corrupt) > limit:
             raise DataError(
                 f"{len(self.corrupt)} images of {len(self)} cannot be read, more than the {limit} allowed "
                 f"(max_corrupt={self.max_corrupt:g}); the last: {reason}"
             ) from None
+
+    def _describe(self, index: int) -> str:
+        return f"image {index} of {len(self)}"
 
     def _decode(self, index: int, item: dict) -> Image.Image | None:
         try:

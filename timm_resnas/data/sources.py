@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .images import DataError, open_image, require
+from .images import DataError, first_rows, open_image, require
 from .splits import stratified_counts, take_per_class
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 __all__ = ["Splits", "load_splits"]
 
@@ -30,17 +30,22 @@ class Splits:
     """A data set's training and test parts: `datasets.Dataset`s with the columns `image` and `label`.
 
     `native_size` (h, w) and `in_chans` (1 when the source is grey) are those of the source: medians and majority
-    of a few training images.
+    of a few training images. Of a streamed data set `train` is a `datasets.IterableDataset`, for `stream_loader`.
     """
 
     name: str
-    train: "Dataset"
+    train: "Dataset | IterableDataset"
     test: "Dataset"
     class_names: tuple[str, ...]
     native_size: tuple[int, int]
     in_chans: int
     description: str = ""
     license: str = ""
+    streamed: int | None = None  # training images of a stream
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train) if self.streamed is None else self.streamed
 
     @property
     def num_classes(self) -> int:
@@ -57,6 +62,8 @@ def load_splits(
     label_key: str | None = None,
     config: str | None = None,
     test_fraction: float = 0.2,
+    streaming: bool = False,
+    num_train: int | None = None,
 ) -> Splits:
     """Opens a data set.
 
@@ -78,6 +85,9 @@ def load_splits(
         label_key: Its label column.
         config: Its configuration (`load_dataset`'s second argument).
         test_fraction: Share of each class, between 0 and 1.
+        streaming: Read the training part of an `hf:` data set while it is trained on, instead of storing it first.
+            It needs a test split of its own, which is stored, and labels with class names (`ClassLabel`).
+        num_train: Number of training images, where a streamed data set does not say it.
 
     Raises:
         DataError: For an unknown name, missing or unfit files, or splits that do not fit each other.
@@ -86,6 +96,8 @@ def load_splits(
     kind, _, where = name.partition(":")
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
+    if streaming and kind != "hf":
+        raise DataError(f"only hf:<id> can be streamed, not {name}")
     if name == "digits":
         return _digits()
     if kind == "fashion-mnist" and where:
@@ -94,6 +106,8 @@ def load_splits(
         return _imagefolder(name, Path(where).expanduser(), train_split, test_split, test_fraction)
     if kind == "hf" and where:
         keys = (image_key, label_key)
+        if streaming:
+            return _hf_stream(name, where, config, cache_dir, train_split, test_split, keys, num_train)
         return _hf(name, where, config, cache_dir, train_split, test_split, keys, test_fraction)
     raise DataError(f"unknown data set {name!r}; known are digits, fashion-mnist:<dir>, imagefolder:<dir> and hf:<id>")
 
@@ -301,8 +315,72 @@ def _hf(name, where, config, cache_dir, train_split, test_split, keys, test_frac
     return _splits(name, *parts, description=info.description or "", license=info.license or "")
 
 
+def _hf_stream(name, where, config, cache_dir, train_split, test_split, keys, num_train: int | None) -> Splits:
+    datasets = require("datasets")
+    local = Path(where).expanduser()
+    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+        raise DataError(f"{local} was written by save_to_disk and is read from there; it needs no streaming")
+    where = str(local) if local.exists() else where
+    cache_dir = None if cache_dir is None else str(cache_dir)
+    try:
+        builder = datasets.load_dataset_builder(where, config, cache_dir=cache_dir)
+        streams = builder.as_streaming_dataset()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise DataError(f"datasets cannot open {where!r}: {first}") from error
+    train_key = train_split or next((s for s in _TRAIN_NAMES if s in streams), None)
+    test_key = test_split or next((s for s in _TEST_NAMES if s in streams and s != train_key), None)
+    for key, part in ((train_key, "train"), (test_key, "test")):
+        if key not in streams:
+            raise DataError(
+                f"{name} has no split {key or part!r}; it has {_some(list(streams))} ({part}_split=…). Streaming needs "
+                f"both"
+            )
+    parts = []
+    for key in (train_key, test_key):
+        stream = streams[key]
+        if stream.features is None:
+            raise DataError(f"{name} does not say what its columns hold; it cannot be streamed")
+        image_key, label_key = _columns(datasets, name, stream, *keys)
+        if not isinstance(stream.features[label_key], datasets.ClassLabel):
+            raise DataError(
+                f"the column {label_key!r} of {name} is {stream.features[label_key]}; to be streamed it must name its "
+                f"classes (ClassLabel), as they cannot be collected before"
+            )
+        stream = stream.select_columns([image_key, label_key])
+        renamed = {old: new for old, new in ((image_key, "image"), (label_key, "label")) if old != new}
+        parts.append(stream.rename_columns(renamed) if renamed else stream)
+    train, test = parts
+    if train.features["label"].names != test.features["label"].names:
+        both = [_some(part.features["label"].names) for part in parts]
+        raise DataError(f"{name}: the splits name different classes: {both[0]} and {both[1]}")
+    if num_train is None:
+        known = (builder.info.splits or {}).get(train_key)
+        num_train = known.num_examples if known is not None else None
+        if not num_train:
+            raise DataError(f"{name} does not say how many images its split {train_key!r} has (num_train=…)")
+    test = _store(datasets, test, f"{builder.hash} {builder.config.name} {test_key} {keys}", cache_dir)
+    if not _is_labelled(test, "label"):
+        raise DataError(f"the split {test_key!r} of {name} has no labels; choose another (test_split=…)")
+    if not len(test):
+        raise DataError(f"the test part of {name} is empty")
+    sizes, grey = _look(first_rows(train, 32))
+    about = dict(description=builder.info.description or "", license=builder.info.license or "")
+    names = tuple(train.features["label"].names)
+    return Splits(name, train, test, names, sizes, 1 if grey else 3, **about, streamed=num_train)
+
+
+def _store(datasets, stream, key: str, cache_dir: str | None):
+    """A stream as a `Dataset`, undecoded images as they are; kept in the cache under a name made of `key`."""
+    raw = stream.cast_column("image", datasets.Image(decode=False))
+    fingerprint = datasets.fingerprint.Hasher.hash(key)
+    stored = datasets.Dataset.from_generator(
+        lambda: iter(raw), features=raw.features, cache_dir=cache_dir, fingerprint=fingerprint
+    )
+    return stored.cast_column("image", datasets.Image())
+
+
 def _open_hf(datasets, where: str, config: str | None, cache_dir):
-    """Opens map-style; a streaming form for training goes here."""
     local = Path(where).expanduser()
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():

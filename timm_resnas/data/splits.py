@@ -3,13 +3,22 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from .images import DataError, Images, require
 
-__all__ = ["check_leak", "content_hashes", "find_leaks", "repeated", "split_search_val"]
+__all__ = [
+    "check_leak",
+    "content_hashes",
+    "find_leaks",
+    "repeated",
+    "split_search_val",
+    "trained_on",
+    "training_record",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -192,3 +201,40 @@ def check_leak(
     if leaks["train_test"]:
         _logger.warning("%d training images show a picture of the test part", len(leaks["train_test"]))
     return leaks
+
+
+def training_record(dataset, val_indices: Sequence[int], hashes: Sequence[str] | None = None) -> dict[str, Any]:
+    """What later users of a model need to tell which images it was trained on, JSON-plain.
+
+    Args:
+        dataset: The training part that was cut.
+        val_indices: Its images that were not trained on.
+        hashes: `content_hashes` of all of its images, where they were computed.
+    """
+    val = set(val_indices)
+    kept = None if hashes is None else sorted({h[:16] for i, h in enumerate(hashes) if i not in val})
+    return {"labels": _digest(dataset), "val": sorted(val), "hashes": kept}
+
+
+def trained_on(record: Mapping[str, Any], dataset, hashes: Sequence[str] | None = None) -> list[bool]:
+    """Flags the images of a data set that a model with this `training_record` was trained on.
+
+    By index where the labels are those of the data that the record was made of, and by content where both sides have
+    hashes.
+
+    Raises:
+        DataError: The record is damaged.
+    """
+    try:
+        labels, val, known = record["labels"], {int(i) for i in record["val"]}, record["hashes"]
+        known = set() if known is None else {str(h) for h in known}
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"the record of what was trained on is damaged: {type(e).__name__} {e}") from None
+    same = labels == _digest(dataset)
+    flags = [same and i not in val for i in range(len(dataset))]
+    return [f or h[:16] in known for f, h in zip(flags, hashes, strict=True)] if hashes is not None else flags
+
+
+def _digest(dataset) -> str:
+    labels = np.asarray(dataset["label"][:], dtype=np.int64)
+    return hashlib.blake2b(labels.tobytes(), digest_size=16).hexdigest()

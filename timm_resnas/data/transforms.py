@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.auto_augment import posterize
 from timm.data.random_erasing import RandomErasing
 
-from .images import DataError, Images
+from .images import DataError, Images, first_rows
 
 __all__ = [
     "ImageTransform",
@@ -193,7 +193,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 def channel_stats(
     dataset, indices: Sequence[int] | None = None, *, in_chans: int = 3, limit: int = 2000
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel (values 0 to 1) over the pixels of evenly spaced images.
+    """Mean and standard deviation per channel (values 0 to 1) over the pixels of evenly spaced images; of the first
+    ones of a stream.
 
     Each image counts the same, whatever its size. Rounded to 4 digits, plain floats.
 
@@ -206,6 +207,8 @@ def channel_stats(
     Raises:
         DataError: When no image can be read.
     """
+    if not hasattr(dataset, "__len__"):
+        dataset = first_rows(dataset, limit)
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     if len(indices) > limit:
         indices = indices[np.linspace(0, len(indices) - 1, limit).astype(int)]

@@ -1,0 +1,224 @@
+"""Training batches from a stream: data sets that are read as they are trained on, from the net or a disk."""
+
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .images import DataError, Images, require
+from .loaders import TrainLoader, _accelerator, _Samples
+from .transforms import ImageTransform
+
+__all__ = ["stream_loader"]
+
+_READ = 256  # rows at a time
+_MOST_LANES = 16
+
+
+def stream_loader(
+    dataset,
+    transform: ImageTransform,
+    batch_size: int,
+    *,
+    num_images: int,
+    seed: int = 0,
+    buffer_size: int = 4096,
+    lanes: int | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device=None,
+    shrink: int | None = None,
+    max_corrupt: float = 0.05,
+) -> TrainLoader:
+    """Shuffled, augmented batches of a stream, used as `train_loader`'s: `for x, y in loader.epoch(epoch, skip=…)`.
+
+    The stream's shards (files) are dealt to `lanes`, in an order drawn for each epoch. A lane reads its shards one
+    after the other, shuffles blocks of `buffer_size / lanes` images, and gives each batch an equal part. So batches
+    are a function of (seed, epoch, step) alone: the same for any number of workers, for any number of processes that
+    divides the lanes (each reads only its lanes), and after any resume. To skip steps, what came before is read again
+    but not decoded.
+
+    An epoch is `num_images // batch_size` steps. Where shards differ in size, lanes do, too: one that runs out begins
+    anew, and the end of a long one's last shard is not seen in that epoch. The next epoch deals otherwise, if lanes
+    have several shards each; with one each, give all of them the same size. Images of one class that lie together in
+    large files are mixed only as far as lanes and buffer reach.
+
+    Args:
+        dataset: A `datasets.IterableDataset` with the columns `image` and `label`.
+        transform: From `train_transform`.
+        batch_size: Of all processes together; a multiple of `lanes`.
+        num_images: Images of the whole stream.
+        seed: 0 or more, below 2^64.
+        buffer_size: Undecoded images that the lanes of all processes shuffle at a time; as many again are read ahead.
+        lanes: Default: the most, up to 16, that divide the batch and get at least 4 shards each.
+        num_workers: Processes that decode and augment.
+        rank: This process, counted from 0.
+        world: How many processes.
+        device: Where batches go.
+        shrink: See `Images`.
+        max_corrupt: Largest fraction of images that may be unreadable. Another one of its batch takes such an image's
+            place.
+
+    Raises:
+        DataError: For sizes that do not fit each other, a stream without labels or shorter than said, or too many
+            unreadable images.
+    """
+    if lanes is None:
+        lanes = _default_lanes(batch_size, dataset.num_shards)
+    if not 0 < lanes <= dataset.num_shards:
+        raise DataError(f"lanes must lie between 1 and the stream's {dataset.num_shards} shards, got {lanes}")
+    if batch_size < 1 or batch_size % lanes:
+        raise DataError(f"batch_size counts all processes: {batch_size} is no positive multiple of the {lanes} lanes")
+    if lanes % world:
+        raise DataError(
+            f"{world} processes cannot share {lanes} lane{'s' * (lanes > 1)} of a stream with {dataset.num_shards} "
+            f"shards evenly; give lanes=…, a multiple of {world}"
+        )
+    if not 0 <= rank < world:
+        raise DataError(f"rank must lie between 0 and {world - 1}, got {rank}")
+    if not 0 <= seed < 1 << 64:
+        raise DataError(f"seed must lie between 0 and 2^64 - 1, got {seed}")
+    if num_images < batch_size:
+        raise DataError(f"a batch of {batch_size} is larger than the {num_images} training images; take fewer")
+    if buffer_size < lanes:
+        raise DataError(f"buffer_size must be at least the number of lanes, {lanes}; got {buffer_size}")
+    device = _accelerator(device)
+    late = device is not None and transform.erasing is None
+    items = _Items(transform.mode, shrink, num_images, max_corrupt)
+    samples = _StreamSamples(items, transform, seed, late=late)
+    steps = _StreamSteps(dataset, num_images // batch_size, batch_size // lanes, lanes, buffer_size // lanes, seed)
+    steps.mine = range(rank * lanes // world, (rank + 1) * lanes // world)
+    return TrainLoader(samples, steps, num_workers, device)
+
+
+def _default_lanes(batch_size: int, shards: int) -> int:
+    return max(n for n in range(1, _MOST_LANES + 1) if n == 1 or (shards >= 4 * n and batch_size % n == 0))
+
+
+class _StreamSteps:
+    """Batch sampler: this process's part of each batch as keys (epoch, position, label, undecoded image).
+
+    It runs in the main process, so that keys do not depend on the workers that decode them.
+    """
+
+    def __init__(self, dataset, steps: int, each: int, lanes: int, block: int, seed: int):
+        self.names = dataset.features["label"].names
+        raw = require("datasets").Image(decode=False)
+        self.dataset = dataset.select_columns(["image", "label"]).cast_column("image", raw).with_format("arrow")
+        self.steps, self.each, self.lanes, self.block, self.seed = steps, each, lanes, block, seed
+        self.mine = range(lanes)
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple]]:
+        with ThreadPoolExecutor(len(self.mine)) as pool:  # each lane's next block is read while this one is used
+            streams = [self._ahead(pool, lane) for lane in self.mine]
+            for _ in range(self.skip, self.steps):
+                yield [key for stream in streams for key in islice(stream, self.each)]
+
+    def _ahead(self, pool: ThreadPoolExecutor, lane: int) -> Iterator[tuple]:
+        done = self.skip * self.each
+        blocks = self._blocks(lane, done // self.block)
+        block, start = pool.submit(next, blocks, None), done % self.block
+        while keys := block.result():
+            block = pool.submit(next, blocks, None)
+            yield from keys[start:]
+            start = 0
+
+    def _rng(self, *numbers: int) -> np.random.RandomState:
+        # a stream that NumPy promises never to change
+        return np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, self.epoch, *numbers])
+
+    def _blocks(self, lane: int, first: int) -> Iterator[list[tuple]]:
+        """Shuffled blocks of a lane, the first ones left out. The last holds what the epoch still needs."""
+        rows = self._rows(lane, first * self.block)
+        for number, start in enumerate(range(first * self.block, self.steps * self.each, self.block), start=first):
+            part = islice(rows, min(self.block, self.steps * self.each - start))
+            block = [
+                (self.epoch, position * self.lanes + lane, label, image)
+                for position, (image, label) in enumerate(part, start=start)
+            ]
+            yield [block[i] for i in self._rng(lane, number).permutation(len(block))]
+
+    def _rows(self, lane: int, skip: int) -> Iterator[tuple[dict, int]]:
+        """Images and labels of a lane's shards, over and over."""
+        shards = self._rng().permutation(self.dataset.num_shards)[lane :: self.lanes]
+        while True:
+            empty = True
+            for shard in shards:
+                part = self.dataset.shard(num_shards=self.dataset.num_shards, index=int(shard))
+                for table in part.iter(batch_size=_READ):
+                    empty = empty and not len(table)
+                    if skip >= len(table):
+                        skip -= len(table)
+                        continue
+                    table, skip = table.slice(skip), 0
+                    labels = table["label"].to_pylist()
+                    if wrong := [v for v in labels if v is None or not 0 <= v < len(self.names)]:
+                        last = len(self.names) - 1
+                        raise DataError(f"an image of the stream has the label {wrong[0]}; 0 to {last} were expected")
+                    yield from zip(table["image"].to_pylist(), labels, strict=True)
+            if empty:
+                raise DataError(f"{len(shards)} of the stream's {self.dataset.num_shards} shards hold no image")
+
+
+class _Items(Images):
+    """The images of one batch, by their positions in the stream."""
+
+    def __init__(self, mode: str, shrink: int | None, num_images: int, max_corrupt: float):
+        self.mode, self.shrink, self.transform, self.max_corrupt = mode, shrink, None, max_corrupt
+        self.corrupt: dict[int, str] = {}
+        self._cache, self._size = None, num_images
+        self.hold([])
+
+    def __len__(self) -> int:
+        return self._size
+
+    def hold(self, keys: Sequence[tuple[int, int, int, dict]]) -> None:
+        self._held = {position: item for _, position, _, item in keys}
+        self.labels: Any = _Lookup({position: label for _, position, label, _ in keys})
+
+    def pil(self, indices) -> list[Image.Image | None]:
+        # an image has another position in each epoch; unreadable ones are counted by their content
+        items = [self._held[int(i)] for i in indices]
+        names = [zlib.crc32(item["bytes"] or (item["path"] or "").encode()) for item in items]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `Images`
+            return [self._decode(name, item) for name, item in zip(names, items, strict=True)]
+
+    def readable(self, index: int) -> tuple[Image.Image, int]:
+        held = list(self._held)
+        start = held.index(index)
+        for candidate in held[start:] + held[:start]:
+            if (image := self.pil([candidate])[0]) is not None:
+                return image, candidate
+        raise DataError("none of the images of a batch can be read")
+
+    def _describe(self, index: int) -> str:
+        return "an image of the stream"
+
+
+class _Lookup(dict):
+    """Labels by positions, indexed as an array is."""
+
+    def __getitem__(self, indices):
+        return np.array([super(_Lookup, self).__getitem__(int(i)) for i in indices], dtype=np.int64)
+
+
+class _StreamSamples(_Samples):
+    """Batches of augmented images from keys that hold the images."""
+
+    def __init__(self, items: _Items, transform: ImageTransform, seed: int, *, late: bool):
+        super().__init__(items, transform, seed, late=late, cache_limit=0)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int, int, dict]]):
+        self.images.hold(keys)
+        return super().__getitems__([key[:2] for key in keys])
