@@ -3,9 +3,20 @@
 Importing this package registers its models with timm.
 """
 
+from typing import Any
+
 from . import models  # noqa: F401  (registers the models)
 from .arch import Arch, ArchError
 from .nas import supernet  # noqa: F401  (registers the super-networks)
 from .version import __version__
 
-__all__ = ["Arch", "ArchError", "__version__"]
+__all__ = ["Arch", "ArchError", "__version__", "load", "push", "save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    # the Hub's code is not imported before it is used
+    if name in ("load", "push", "save_pretrained"):
+        from . import hub
+
+        return getattr(hub, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

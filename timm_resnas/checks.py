@@ -1,0 +1,445 @@
+"""What a model's folder from the net may ask for, checked before anything is built.
+
+A config.json is data: it names a registered architecture and its arguments. It may still ask for a network of any
+size, or be malformed to harm the reader. `read_config` checks its form, `build_on_meta` builds the network without
+memory and stops when it grows too large, `check_weights` compares a safetensors header with that network. Nothing
+here allocates in proportion to a number that the file states.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
+from timm.models._registry import model_entrypoint
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+__all__ = ["MAX_PARAMS", "Config", "HubError", "build_on_meta", "check_finite", "check_weights", "read_config"]
+
+MAX_PARAMS = 8_000_000_000  # the largest models of timm have 7
+
+_MAX_CONFIG_BYTES = 4 << 20  # the largest legitimate ones list 21,000 class names
+_MAX_HEADER_BYTES = 8 << 20
+_MAX_NESTING = 16
+_MAX_VALUES = 200_000
+_MAX_TEXT = 65536
+_MAX_ARG = 1 << 16  # any number among a model's arguments
+_MAX_INPUT = 4096  # pixels
+_MAX_MODULES = 6_000  # timm's largest number is 2,300
+_MAX_ELEMENTS = 1 << 23  # of one tensor that a constructor makes in memory
+_MAX_TENSOR = 1 << 28  # elements of one tensor, made on meta
+_MAX_TABLES = 128 << 20  # bytes of tables that are in no file, beside as many as the weights have
+_MAX_SECONDS = 30.0
+
+# arguments of timm's builder rather than of a model
+_BUILDER_ARGS = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn"),
+    *("pretrained_model_args", "checkpoint_path", "cache_dir", "features_only", "feature_cfg", "kwargs_filter"),
+    *("model_cls", "model_name", "variant", "scriptable", "exportable", "no_jit", "device", "dtype"),
+}
+
+
+class HubError(ValueError):
+    """A model cannot be published or loaded; the message says what is wrong and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A checked config.json."""
+
+    where: str
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    info: dict[str, Any]  # ours, the block timm_resnas
+    data: dict[str, Any]  # the whole file
+
+
+# -- config.json --------------------------------------------------------------------------------------------------
+
+
+def read_config(path: str | os.PathLike, where: str | None = None) -> Config:
+    """Read and check a model's config.json.
+
+    Args:
+        path: The file.
+        where: What messages call it.
+
+    Raises:
+        HubError: It is no JSON of timm's form, or holds values that no model has.
+    """
+    path, where = Path(path), where or str(path)
+    data = _read_json(path, where)
+    if not isinstance(data, dict):
+        raise HubError(f"{where} must hold a JSON object, got {type(data).__name__}")
+    architecture = data.get("architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise HubError(f"{where}: architecture must be the name of a timm model, got {_short(architecture)}")
+    if not timm.is_model(architecture):
+        raise HubError(
+            f"{where}: architecture {_short(architecture)} is not registered with timm; import the package that "
+            f"defines it, or update timm (here {timm.__version__}) and timm_resnas"
+        )
+    model_args = data.get("model_args", {})
+    if not isinstance(model_args, dict):
+        raise HubError(f"{where}: model_args must be an object, got {type(model_args).__name__}")
+    _check_args(model_args, f"{where}: model_args")
+    # the oldest form of timm has everything at the top
+    cfg = data.get("pretrained_cfg", {k: v for k, v in data.items() if k not in ("architecture", "num_features")})
+    if not isinstance(cfg, dict):
+        raise HubError(f"{where}: pretrained_cfg must be an object, got {type(cfg).__name__}")
+    _check_cfg(cfg, f"{where}: pretrained_cfg", strict="pretrained_cfg" in data)
+    if "num_classes" in data:
+        _integer(data["num_classes"], f"{where}: num_classes", 0)
+    _check_labels(data, where)
+    info = data.get("timm_resnas", {})
+    if not isinstance(info, dict):
+        raise HubError(f"{where}: timm_resnas must be an object, got {type(info).__name__}")
+    return Config(where, architecture, model_args, cfg, info, data)
+
+
+def _read_json(path: Path, where: str) -> Any:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_CONFIG_BYTES:
+            raise HubError(f"{where} has {size:,} bytes; a config.json has at most {_MAX_CONFIG_BYTES:,}")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HubError(f"{where} does not exist; expected a model's folder with config.json") from None
+    except UnicodeDecodeError:
+        raise HubError(f"{where} is not UTF-8 text") from None
+    except OSError as e:
+        raise HubError(f"{where} cannot be read: {e.strerror}") from None
+
+    def constant(name: str) -> float:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        data = json.loads(text, parse_constant=constant)
+    except RecursionError:
+        raise HubError(f"{where} is nested too deeply; at most {_MAX_NESTING} levels are read") from None
+    except ValueError as e:
+        raise HubError(f"{where} is not JSON: {str(e):.100}") from None
+    _check_nesting(data, where)
+    return data
+
+
+def _check_nesting(data: Any, where: str) -> None:
+    level, count, nesting = [data], 0, 0
+    while level:
+        count += len(level)
+        if nesting > _MAX_NESTING:
+            raise HubError(f"{where} is nested too deeply; at most {_MAX_NESTING} levels are read")
+        if count > _MAX_VALUES:
+            raise HubError(f"{where} holds more than {_MAX_VALUES:,} values")
+        inner = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise HubError(f"{where} holds a number that is not finite")
+        level, nesting = inner, nesting + 1
+
+
+def _check_args(args: dict[str, Any], where: str) -> None:
+    for name, value in args.items():
+        if not name.isidentifier() or name.startswith("_"):
+            raise HubError(f"{where}: {_short(name)} is not the name of a model's argument")
+        if name in _BUILDER_ARGS:
+            raise HubError(f"{where}: {name} is not for a config.json to set")
+        for leaf in tree_iter(value):
+            if isinstance(leaf, str) and len(leaf) > _MAX_TEXT:
+                raise HubError(f"{where}: {name} holds a text of {len(leaf):,} characters; at most {_MAX_TEXT:,}")
+            if isinstance(leaf, int | float) and not -1 <= leaf <= _MAX_ARG:
+                raise HubError(f"{where}: {name} holds {_short(leaf)}; expected numbers from 0 to {_MAX_ARG}")
+        if name in ("num_classes", "in_chans"):
+            _integer(value, f"{where}: {name}", 1 if name == "in_chans" else 0)
+        if name == "img_size":
+            for side in value if isinstance(value, list) and len(value) == 2 else [value]:
+                _integer(side, f"{where}: img_size", 1, _MAX_INPUT)
+
+
+def _check_cfg(cfg: dict[str, Any], where: str, strict: bool) -> None:
+    known = {f.name for f in dataclasses.fields(PretrainedCfg)}
+    unknown = sorted(set(cfg) - known)
+    if unknown and strict:
+        raise HubError(f"{where} has unknown keys: {', '.join(map(_short, unknown[:5]))}")
+    for name in ("state_dict", "hf_hub_filename", "custom_load"):
+        if cfg.get(name):
+            raise HubError(f"{where}: {name} is not for a config.json to set; weights are in model.safetensors")
+    for name in ("input_size", "test_input_size", "min_input_size"):
+        size = cfg.get(name)
+        if size is None:
+            continue
+        if not isinstance(size, list) or len(size) != 3:
+            raise HubError(f"{where}: {name} must be [channels, height, width], got {_short(size)}")
+        for value in size:
+            _integer(value, f"{where}: {name}", 1, _MAX_INPUT)
+    for name in ("mean", "std"):
+        values = cfg.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(_is_number(v) and abs(v) < 1e4 for v in values):
+            raise HubError(f"{where}: {name} must be a list of numbers, got {_short(values)}")
+        if name == "std" and not all(v > 0 for v in values):
+            raise HubError(f"{where}: std must be above 0, got {_short(values)}")
+    for name in ("crop_pct", "test_crop_pct"):
+        if cfg.get(name) is not None and not (_is_number(cfg[name]) and 0 < cfg[name] <= 4):
+            raise HubError(f"{where}: {name} must be a number from 0 to 4, got {_short(cfg[name])}")
+    for name in ("num_classes", "label_offset"):
+        if cfg.get(name) is not None:
+            _integer(cfg[name], f"{where}: {name}", 0)
+    for name in ("interpolation", "crop_mode", "tag", "architecture"):
+        if cfg.get(name) is not None and not isinstance(cfg[name], str):
+            raise HubError(f"{where}: {name} must be a text, got {_short(cfg[name])}")
+    for name in ("first_conv", "classifier"):
+        names = cfg.get(name)
+        names = names if isinstance(names, list) else [names]
+        if not all(n is None or isinstance(n, str) for n in names):
+            raise HubError(f"{where}: {name} must name layers, got {_short(cfg[name])}")
+    for name in ("fixed_input_size", "custom_load"):
+        if cfg.get(name) is not None and not isinstance(cfg[name], bool):
+            raise HubError(f"{where}: {name} must be true or false, got {_short(cfg[name])}")
+
+
+def _check_labels(data: dict[str, Any], where: str) -> None:
+    labels = data.get("label_names")
+    names = list(labels.values()) if isinstance(labels, dict) else labels
+    if labels is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise HubError(f"{where}: label_names must be a list of texts, got {_short(labels)}")
+    descriptions = data.get("label_descriptions")
+    if descriptions is not None and not isinstance(descriptions, dict):
+        raise HubError(f"{where}: label_descriptions must be an object, got {_short(descriptions)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _integer(value: Any, what: str, minimum: int = 1, maximum: int = _MAX_ARG) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise HubError(f"{what} must be an integer from {minimum} to {maximum}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a larger number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- the network --------------------------------------------------------------------------------------------------
+
+
+def build_on_meta(config: Config, max_params: int = MAX_PARAMS) -> nn.Module:
+    """The network that a config.json describes, without memory for its weights.
+
+    Raises:
+        HubError: Its constructor refuses the arguments, or it would be too large.
+    """
+    cfg = {k: v for k, v in config.pretrained_cfg.items() if k not in ("source", "file", "url", "hf_hub_id")}
+    if "num_classes" in config.data:
+        cfg["num_classes"] = config.data["num_classes"]
+    try:
+        with _bounded(config.where, max_params), torch.device("meta"):
+            model = timm.create_model(config.architecture, pretrained_cfg=cfg or None, **config.model_args)
+    except HubError:
+        raise
+    except Exception as e:  # whatever a constructor does with bad arguments
+        raise HubError(
+            f"{config.where}: {config.architecture} cannot be built from these model_args: "
+            f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
+        ) from None
+    stored = sum(t.nbytes for t in model.state_dict().values())
+    tables = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - stored
+    if tables > _MAX_TABLES + stored:
+        raise HubError(f"{config.where} describes a network with tables of {tables:,} bytes beside its weights")
+    return model
+
+
+@contextlib.contextmanager
+def _bounded(where: str, max_params: int) -> Iterator[None]:
+    """Stop a constructor of this thread that makes too many parameters or modules, or large tensors in memory."""
+    thread, begin = threading.get_ident(), time.monotonic()
+    params = modules = 0
+
+    def on_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal params
+        if threading.get_ident() != thread or tensor is None:
+            return
+        params += tensor.numel()
+        if params > max_params:
+            raise HubError(f"{where} describes a network of more than {max_params:,} parameters (max_params)")
+
+    def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal modules
+        if threading.get_ident() != thread:
+            return
+        modules += 1
+        if modules > _MAX_MODULES:
+            raise HubError(f"{where} describes a network of more than {_MAX_MODULES:,} layers")
+        if time.monotonic() - begin > _MAX_SECONDS:
+            raise HubError(f"{where} describes a network that takes longer than {_MAX_SECONDS:g} s to build")
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(on_tensor),
+        hooks.register_module_buffer_registration_hook(on_tensor),
+        hooks.register_module_module_registration_hook(on_module),
+    ]
+    try:
+        with _SmallTensors(where):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SmallTensors(TorchDispatchMode):
+    """Refuses operations that would make a large tensor in memory; their size is found on meta first."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.is_view or func is torch.ops.aten._local_scalar_dense.default:  # frequent, and no memory
+            return func(*args, **kwargs)
+        tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, torch.Tensor)]
+        device = kwargs.get("device")
+        real = any(t.device.type != "meta" for t in tensors) if device is None else device.type != "meta"
+        if real or not tensors and device is None:
+            self._check(self._rehearse(func, args, kwargs), _MAX_ELEMENTS)
+        out = func(*args, **kwargs)
+        self._check(out, _MAX_TENSOR)
+        return out
+
+    def _check(self, outputs: Any, limit: int) -> None:
+        for made in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            if isinstance(made, torch.Tensor) and made.numel() > limit:
+                raise HubError(
+                    f"{self.where} describes a network with a tensor of {made.numel():,} numbers; at most {limit:,} "
+                    f"are expected there"
+                )
+
+    @staticmethod
+    def _rehearse(func: Callable, args: tuple, kwargs: dict) -> Any:
+        def to_meta(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            return value
+
+        meta_args, meta_kwargs = tree_map(to_meta, (args, dict(kwargs)))
+        makes = not any(isinstance(a, torch.Tensor) for a in tree_iter((args, kwargs)))
+        if makes or "device" in meta_kwargs:
+            meta_kwargs["device"] = torch.device("meta")
+        try:
+            return func(*meta_args, **meta_kwargs)
+        except Exception:
+            # sizes that depend on values are those of the inputs, which were small; else (randperm), a number says it
+            sizes = [a for a in tree_iter(args) if isinstance(a, int)]
+            return torch.empty(max(sizes), device="meta") if makes and sizes else None
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def check_weights(path: str | os.PathLike, config: Config, model: nn.Module, where: str | None = None) -> None:
+    """Compare the header of a safetensors file with a network on meta; no tensor is read.
+
+    Raises:
+        HubError: The file is no safetensors file, or its tensors are not those of the network.
+    """
+    path, where = Path(path), where or str(path)
+    found = read_header(path, where)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    if {k: s for k, (_, s) in found.items()} != expected:
+        found = _filtered(found, config, model, where)
+    shapes = {k: s for k, (_, s) in found.items()}
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"has {_some(unknown)} that the network lacks"] if unknown else []
+        raise HubError(f"{where} does not hold the weights of {config.architecture}: it " + " and ".join(parts))
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise HubError(f"{where}: {name} has shape {list(shape)}, the network needs {list(expected[name])}")
+
+
+def read_header(path: Path, where: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a safetensors file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            first = f.read(8)
+            start = f.read(1)
+    except FileNotFoundError:
+        raise HubError(f"{where} does not exist") from None
+    except OSError as e:
+        raise HubError(f"{where} cannot be read: {e.strerror}") from None
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or start != b"{" or 8 + length > size:
+        pickled = first[:2] == b"PK" or first[:1] == b"\x80"
+        kind = "it is a pickle, which can run code" if pickled else "its header is damaged or cut off"
+        raise HubError(f"{where} is not a safetensors file: {kind}")
+    if length > _MAX_HEADER_BYTES:
+        raise HubError(f"{where} has a header of {length:,} bytes; at most {_MAX_HEADER_BYTES:,} are read")
+    try:
+        with safe_open(path, "pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as e:
+        raise HubError(f"{where} is not a safetensors file: {str(e):.200}") from None
+
+
+def _filtered(found: dict[str, tuple[str, tuple[int, ...]]], config: Config, model: nn.Module, where: str) -> dict:
+    """The header after timm's checkpoint_filter_fn of the architecture, for layouts that it converts."""
+    if sum(math.prod(shape) for _, shape in found.values()) > 2 * sum(t.numel() for t in model.state_dict().values()):
+        return found  # not this network in another layout
+    tensors = {k: torch.empty(shape, device="meta") for k, (_, shape) in found.items()}
+    try:
+        with _SmallTensors(where):
+            filtered = filter_fn_of(config.architecture)(tensors, model)
+    except HubError:
+        raise
+    except ValueError as e:
+        raise HubError(f"{where}: {str(e):.300}") from None
+    except Exception:
+        return found
+    return {k: ("", tuple(v.shape)) for k, v in filtered.items() if isinstance(v, torch.Tensor)}
+
+
+def filter_fn_of(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
+    """The function of an architecture's file that converts other layouts of its weights; idle where there is none."""
+    module = sys.modules[model_entrypoint(architecture).__module__]
+    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        HubError: Naming the first of them.
+    """
+    bad = [k for k, v in model.state_dict().items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise HubError(f"{where} holds numbers that are not finite (NaN or infinite) in {_some(bad)}")
+
+
+def _some(names: list[str] | Mapping[str, Any]) -> str:
+    names = [n if len(n) <= 60 else n[:57] + "..." for n in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
