@@ -24,19 +24,47 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..arch import Arch, Block, Head, PatchEmbed, Reduction
 from .cost import Budget, CostModel, cost_model, format_cost
 
-__all__ = ["BudgetError", "ExtraCosts", "Layer", "SearchSpace"]
+__all__ = ["AdditiveCosts", "BudgetError", "ExtraCosts", "Layer", "SearchSpace"]
 
 ExtraCosts = Callable[[Arch], Mapping[str, float]]
 """Costs that shapes do not give, such as ``{"latency_ms": 11.3}`` from a measured table."""
+
+
+@runtime_checkable
+class AdditiveCosts(Protocol):
+    """Extra costs that are one number, a sum over the pieces of a network: computed for thousands of rows at once.
+
+    Attributes:
+        name: The cost, such as ``"latency_ms"``.
+        unit: Pieces per unit of the cost. Pieces are integers, so that sums are the same in any order.
+    """
+
+    name: str
+    unit: int
+
+    def __call__(self, arch: Arch) -> Mapping[str, float]:
+        """``{name: sum of pieces / unit}``; absent blocks cost nothing."""
+
+    def piece(self, piece: tuple[str, int, int, int, int]) -> int:
+        """Cost, at least 0, of (kind, stage from 0, dim, size, head_dim).
+
+        Kinds: ``"stem"`` and ``"head"`` of width dim; ``"attn"`` with size heads and ``"mlp"`` with size hidden units,
+        each half a block; ``"reduction"`` from width dim to size, which opens the stage. What is not named is 0.
+        """
+
+    def check(self, space: SearchSpace) -> None:
+        """Raise ValueError where the costs are not for this space."""
+
 
 _MAX_CHOICES = 64  # of one gene; a space may come from the net
 _FREE_STEPS = 100  # steps of random shrinking before widths and removal join (released code)
@@ -268,8 +296,9 @@ class SearchSpace:
             n: Number of networks.
             rng: Source of randomness.
             budget: What they may cost.
-            extra_costs: Gives limited costs that shapes do not (``latency_ms``). It is called only for networks that
-                meet the other limits, unless the first-named limit is its own.
+            extra_costs: Gives limited costs that shapes do not (``latency_ms``). Unless it is :class:`AdditiveCosts`,
+                it is called network by network, for those that meet the other limits or, where the first-named limit
+                is its own, at every step.
 
         Returns:
             ``n`` networks; fewer, but at least one, when the band is hit too rarely.
@@ -287,11 +316,12 @@ class SearchSpace:
             batch = min(math.ceil((n - len(found)) / rate * 1.05) + 4, 4096)
             genes = self._generate(batch, rng, budget, extra_costs)
             tried += len(genes)
-            good = self._within(genes, budget)
+            good = self._within(genes, budget, extra_costs)
             if not found and not good.any():
-                seen.note({name: self._cost(name, genes, extra_costs) for name, _ in budget if name in _EXACT})
+                quick = [name for name, _ in budget if self._on_rows(name, extra_costs)]
+                seen.note({name: self._cost(name, genes, extra_costs) for name in quick})
             cheap = genes[good]
-            if not self._needs_extra(budget):
+            if not self._needs_extra(budget, extra_costs):
                 cheap = cheap[: n - len(found)]
             for arch in self._decode(cheap):
                 if len(found) < n and self._within_extra(arch, budget, extra_costs):
@@ -425,10 +455,10 @@ class SearchSpace:
         waiting, tried, copies = np.arange(n), 0, 1 if budget is None else 12
         while waiting.size and tried < _MAX_TRIES:
             genes = make(np.repeat(waiting, copies))
-            good = np.flatnonzero(self._within(genes, budget)) if budget else np.arange(len(genes))
+            good = np.flatnonzero(self._within(genes, budget, extra_costs)) if budget else np.arange(len(genes))
             # the first good copy of each child, in its own order; with extra costs those after it may be needed
             owner = waiting[good // copies]
-            if not self._needs_extra(budget):
+            if not self._needs_extra(budget, extra_costs):
                 owner, where = np.unique(owner, return_index=True)
                 good = good[where]
             for i, arch in zip(owner.tolist(), self._decode(genes[good]), strict=True):
@@ -459,6 +489,9 @@ class SearchSpace:
     def _check_reach(self, budget: Budget, extra_costs: ExtraCosts | None) -> None:
         self._check_names(budget, extra_costs)
         least, most = (self.costs(a, extra_costs) for a in (self.smallest, self.largest))
+        if table := self._additive(extra_costs):
+            # a measured cost need not grow with every width
+            least[table.name], most[table.name] = table.reach()
         for name, limit in budget:
             if name not in least:
                 raise BudgetError(f"the budget limits {name}, but extra_costs gives only {', '.join(least)}")
@@ -472,15 +505,29 @@ class SearchSpace:
                     f"{high}{hint}"
                 )
 
-    def _needs_extra(self, budget: Budget | None) -> bool:
-        return budget is not None and any(name not in _EXACT for name, _ in budget)
+    def _additive(self, extra_costs: ExtraCosts | None) -> _AdditiveRows | None:
+        """The extra costs as tables over rows, made once; None where they are no sum over pieces."""
+        if not isinstance(extra_costs, AdditiveCosts):
+            return None
+        if extra_costs not in self._tables:
+            extra_costs.check(self)
+            self._tables[extra_costs] = _AdditiveRows(self, extra_costs)
+        return self._tables[extra_costs]
 
-    def _within(self, genes: np.ndarray, budget: Budget) -> np.ndarray:
-        """Which rows meet the limits that shapes give."""
+    def _on_rows(self, name: str, extra_costs: ExtraCosts | None) -> bool:
+        """Whether many networks are costed at once."""
+        table = None if name in _EXACT else self._additive(extra_costs)
+        return name in _EXACT or (table is not None and table.name == name)
+
+    def _needs_extra(self, budget: Budget | None, extra_costs: ExtraCosts | None) -> bool:
+        return budget is not None and not all(self._on_rows(name, extra_costs) for name, _ in budget)
+
+    def _within(self, genes: np.ndarray, budget: Budget, extra_costs: ExtraCosts | None) -> np.ndarray:
+        """Which rows meet the limits that are computed on rows."""
         good = np.ones(len(genes), bool)
         for i, (name, limit) in enumerate(budget):
-            if name in _EXACT:
-                cost = self._cost(name, genes)
+            if self._on_rows(name, extra_costs):
+                cost = self._cost(name, genes, extra_costs)
                 good &= cost <= limit
                 if i == 0:
                     good &= cost >= budget.band[0]
@@ -488,7 +535,7 @@ class SearchSpace:
 
     def _within_extra(self, arch: Arch, budget: Budget | None, extra_costs: ExtraCosts | None) -> bool:
         """Whether an architecture that passed :meth:`_within` meets the other limits too."""
-        if budget is None or not self._needs_extra(budget):
+        if budget is None or not self._needs_extra(budget, extra_costs):
             return True
         costs = extra_costs(arch)
         for i, (name, limit) in enumerate(budget):
@@ -525,9 +572,10 @@ class SearchSpace:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Random widths and depth, heads and hidden units at their maximum, given that the cost is at least floor."""
         genes_found, cost_found, found, tried = [], [], 0, 0
+        listed = self._num_starts <= _MAX_STARTS and self._on_rows(name, extra_costs)
         while found < n and tried < _MAX_PROPOSALS:
-            if tried >= 4 * n and found < 0.02 * tried and self._num_starts <= _MAX_STARTS and name in _EXACT:
-                return self._listed_starts(n, rng, name, floor)
+            if tried >= 4 * n and found < 0.02 * tried and listed:
+                return self._listed_starts(n, rng, name, floor, extra_costs)
             batch = max(64, min(2 * n, 4096))
             genes = np.zeros((batch, self._num_genes), np.int8)
             for col in self._width_cols:
@@ -541,17 +589,22 @@ class SearchSpace:
             found += int(keep.sum())
             tried += batch
         if not found:
-            raise BudgetError(
-                f"no network of the space with all heads and hidden units reached {name} {format_cost(name, floor)} "
-                f"in {tried} random tries; lower the budget or widen its band"
-            )
+            raise self._no_start(name, floor, f"{tried} random tries")
         return np.concatenate(genes_found)[:n], np.concatenate(cost_found)[:n]
 
+    @staticmethod
+    def _no_start(name: str, floor: float, why: str) -> BudgetError:
+        return BudgetError(
+            f"networks are made by shrinking ones with all heads and hidden units, none of which reaches {name} "
+            f"{format_cost(name, floor)} ({why}); lower the budget or widen its band"
+        )
+
     def _listed_starts(
-        self, n: int, rng: np.random.Generator, name: str, floor: float
+        self, n: int, rng: np.random.Generator, name: str, floor: float, extra_costs: ExtraCosts | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The same as rejection, drawn from the list of all starts: for limits near the largest network."""
-        if name not in self._listed:
+        listed = self._listed if name in _EXACT else self._additive(extra_costs).listed
+        if name not in listed:
             cols = [*self._width_cols, *(self._exists_cols.start + np.flatnonzero(self._removable))]
             grid = np.indices([self._counts_int[c] for c in cols], dtype=np.int8).reshape(len(cols), -1).T
             genes = np.zeros((len(grid), self._num_genes), np.int8)
@@ -559,11 +612,13 @@ class SearchSpace:
             absent = genes[:, self._exists_cols] == 1
             prob = np.where(absent, self._absence, 1 - self._absence).prod(axis=1)  # widths are uniform
             genes = self._normalise(genes)
-            cost = self._cost(name, genes)
+            cost = self._cost(name, genes, extra_costs)
             order = np.argsort(-cost, kind="stable")
-            self._listed[name] = genes[order], cost[order], np.cumsum(prob[order])
-        genes, cost, cumulative = self._listed[name]
+            listed[name] = genes[order], cost[order], np.cumsum(prob[order])
+        genes, cost, cumulative = listed[name]
         count = int(np.searchsorted(-cost, -floor, side="right"))
+        if not count:
+            raise self._no_start(name, floor, f"the most is {format_cost(name, cost[0])}")
         picked = np.searchsorted(cumulative[:count], rng.random(n) * cumulative[count - 1], side="right")
         picked = np.minimum(picked, count - 1)
         return genes[picked].copy(), cost[picked].copy()
@@ -582,6 +637,7 @@ class SearchSpace:
         rows = np.arange(len(genes))
         linear = name in _LINEAR
         unit = self._units(name, genes) if linear else None
+        table = self._additive(extra_costs) if name not in _EXACT and self._on_rows(name, extra_costs) else None
         chunk, step = 20, 0  # a divisor of _FREE_STEPS
         while rows.size:
             odds = self._odds_first if step < _FREE_STEPS else self._odds_all
@@ -592,10 +648,13 @@ class SearchSpace:
                 index = genes[each, act]
                 moves = live & (index < self._last[act])
                 genes[each, act] = index + moves
-                if linear:
+                if linear or table:
                     # heads and hidden units change the cost by their stage's unit; a removed block's do not
-                    there = genes[each, self._presence[act]] == 0
-                    cost -= moves * there * self._drops[act, index] * unit[each, self._unit_of[act]]
+                    moved = moves & (genes[each, self._presence[act]] == 0)
+                    if linear:
+                        cost -= moved * self._drops[act, index] * unit[each, self._unit_of[act]]
+                    else:
+                        cost -= moved * table.drop(genes, act, index)
                     redo = np.flatnonzero(moves & (act >= self._width_start))
                 else:
                     redo = np.flatnonzero(moves)
@@ -659,6 +718,7 @@ class SearchSpace:
         self._values = padded
         self._num_starts = math.prod(self._counts_int[2 * nb :])
         self._listed: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tables: weakref.WeakKeyDictionary[AdditiveCosts, _AdditiveRows] = weakref.WeakKeyDictionary()
 
         # shrinking: what a step down takes off, in units of the stage; 0 for widths and presence, costed anew instead
         self._drops = padded[:, :-1] - padded[:, 1:]
@@ -812,6 +872,8 @@ class SearchSpace:
         """A cost of each row, float64 (exact for counts)."""
         if name not in _EXACT:
             rows = self._normalise(genes.copy())
+            if self._on_rows(name, extra_costs):
+                return self._additive(extra_costs).cost(rows)
             return np.array([extra_costs(arch)[name] for arch in self._decode(rows)], np.float64)
         nb, start = self._num_blocks, self._width_start
         cols = np.arange(start + self._num_stages)
@@ -853,6 +915,84 @@ def _cumulative(odds: np.ndarray) -> np.ndarray:
     total = (total / total[-1]).astype(np.float32)
     total[np.flatnonzero(odds)[-1] :] = 1
     return total
+
+
+class _AdditiveRows:
+    """:class:`AdditiveCosts` as one flat table that rows of genes point into.
+
+    Attributes:
+        name: See :class:`AdditiveCosts`.
+        listed: Starting points of the generator, by cost.
+    """
+
+    def __init__(self, space: SearchSpace, costs: AdditiveCosts) -> None:
+        self.name, self._unit = costs.name, costs.unit
+        self.listed: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        nb, ns, lists = space._num_blocks, space._num_stages, space._lists
+        self._absent, self._fixed = space._exists_cols, ~space._removable
+        self._stage_of, self._num_blocks = space._stage_of, nb
+        widths = lists[2 * nb : 2 * nb + ns]
+        # each table is over (a gene, another gene): widths before and after, or a block's width and its own gene
+        tables, first, second = [[[costs.piece(("stem", 0, w, 0, 0))] for w in widths[0]]], [2 * nb], []
+        second.append(-1)
+        for s in range(1, ns):
+            tables.append([[costs.piece(("reduction", s, a, b, 0)) for b in widths[s]] for a in widths[s - 1]])
+            first.append(2 * nb + s - 1)
+            second.append(2 * nb + s)
+        tables.append([[costs.piece(("head", ns - 1, w, 0, 0))] for w in widths[-1]])
+        first.append(2 * nb + ns - 1)
+        second.append(-1)
+        self._outside = len(tables)
+        for b, (stage, block) in enumerate(zip(space._stage_of.tolist(), space._blocks, strict=True)):
+            d = block.head_dim
+            tables.append([[costs.piece(("attn", stage, w, a // d, d)) for a in lists[b]] for w in widths[stage]])
+            tables.append([[costs.piece(("mlp", stage, w, f, 0)) for f in lists[nb + b]] for w in widths[stage]])
+            first += [2 * nb + stage] * 2
+            second += [b, nb + b]
+        self._arrays = [np.array(t, np.float64) for t in tables]
+        # one more column of zeros in front of the genes stands for "no second gene"
+        self._first, self._second = np.array(first) + 1, np.array(second) + 1
+        self._strides = np.array([a.shape[1] for a in self._arrays])
+        self._starts = np.cumsum([0, *(a.size for a in self._arrays[:-1])])
+        self._flat = np.concatenate([*(a.ravel() for a in self._arrays), [0, 0]])
+        # by gene, for a block's own genes: its table, its width's gene, and 1; for the others the zeros at the end
+        self._own = np.zeros((4, space._num_genes), np.intp)
+        self._own[0] = len(self._flat) - 2
+        for b in range(nb):
+            for col, table in ((b, self._outside + 2 * b), (nb + b, self._outside + 2 * b + 1)):
+                self._own[:, col] = self._starts[table], self._strides[table], first[table], 1
+
+    def cost(self, genes: np.ndarray) -> np.ndarray:
+        """Cost of each row, [n]; equal to that of its network to the last bit."""
+        index = np.zeros((len(genes), genes.shape[1] + 1), np.intp)
+        index[:, 1:] = genes
+        pieces = self._flat[self._starts + index[:, self._first] * self._strides + index[:, self._second]]
+        pieces[:, self._outside :] *= np.repeat(1 - genes[:, self._absent], 2, axis=1)
+        return pieces.sum(axis=1) / self._unit
+
+    def drop(self, genes: np.ndarray, act: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """What the cost of each row lost as its gene ``act``, of a present block, went one up from ``index``, [n].
+
+        Of widths and presence, which have no cost of their own, it says nothing.
+        """
+        start, stride, width, own = self._own[:, act]
+        at = start + stride * genes[np.arange(len(genes)), width] + own * index
+        return (self._flat[at] - self._flat[at + 1]) / self._unit
+
+    def reach(self) -> tuple[float, float]:
+        """The least and the greatest cost of the space's networks."""
+        ends = []
+        for best, blocks in ((np.min, self._fixed), (np.max, np.ones_like(self._fixed))):
+            # the least without the removable blocks, the greatest with them
+            inside: list[Any] = [0] * (self._outside - 1)
+            for b in np.flatnonzero(blocks).tolist():
+                for table in self._arrays[self._outside + 2 * b : self._outside + 2 * b + 2]:
+                    inside[self._stage_of[b]] = inside[self._stage_of[b]] + best(table, axis=1)
+            cost = self._arrays[0][:, 0] + inside[0]  # over the first stage's widths
+            for s in range(1, len(inside)):
+                cost = best(cost[:, None] + self._arrays[s], axis=0) + inside[s]
+            ends.append(float(best(cost + self._arrays[self._outside - 1][:, 0]) / self._unit))
+        return ends[0], ends[1]
 
 
 class _Misses:
