@@ -11,6 +11,17 @@ network itself takes, each in a process of its own.
 
     python recipes/benchmark.py inherited runs/digits-micro
 
+    python recipes/benchmark.py search --space vit_resnas_tiny --images 256
+
+`search` times scoring the same candidates in three ways: our evaluator within a search; building each candidate anew,
+loading its slice of the weights and evaluating it; and the forward passes of our evaluator alone. The overhead is what
+a search spends outside of forward passes.
+
+    python recipes/benchmark.py versus runs/seed-0 runs/seed-1 runs/seed-2
+
+`versus` compares searches with random search: on each finished run's supernet, budget and validation images, as many
+random networks of the budget are scored as the run had candidates; the winners of both meet on the test images.
+
 `inherited` trains some networks of the space alone, from scratch, on as many images in total as the run's supernet
 saw, with its optimizer, schedule and augmentation, and compares their test accuracy with the inherited weights'.
 """
@@ -21,6 +32,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,23 +42,20 @@ import supernet as recipe
 import timm
 import torch
 import yaml
-from common import add_run_options, main_guard
+from common import RunError, add_run_options, main_guard
 from timm.optim import create_optimizer_v2
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas import Arch
-from timm_resnas.data import (
-    default_data_config,
-    eval_batches,
-    eval_transform,
-    load_splits,
-    train_loader,
-    train_transform,
-)
-from timm_resnas.nas.cost import format_cost
-from timm_resnas.nas.evaluate import count_correct
+from timm_resnas.data import eval_batches, eval_transform, load_splits, train_loader, train_transform
+from timm_resnas.hub import load
+from timm_resnas.nas.cost import Budget, format_cost
+from timm_resnas.nas.evaluate import Evaluator, count_correct
+from timm_resnas.nas.evolution import RandomSearch, rank_key
+from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
+from timm_resnas.nas.supernet import VitResNasSupernet
 
 MODES = ("masked", "sliced", "largest", "average")
 
@@ -123,8 +132,6 @@ def peak_memory(args: argparse.Namespace, mode: str) -> float:
 
 
 def supernet_step(args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.memory_of:
         print(peak_memory(args, args.memory_of))
         return
@@ -165,20 +172,127 @@ def supernet_step(args: argparse.Namespace) -> None:
             json.dump({"args": vars(args) | {"run": None}, "seconds": seconds, "memory": memory, "limit": limit}, f)
 
 
-def inherited(args: argparse.Namespace) -> None:
-    config = yaml.safe_load((args.run_folder / "config.yaml").read_text(encoding="utf-8"))
+def open_run(folder: Path) -> tuple[argparse.Namespace, recipe.Data, VitResNasSupernet]:
+    """Options, data and supernet of a finished run."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     options = argparse.ArgumentParser()
     add_run_options(options)
     recipe.add_options(options)
     options = argparse.Namespace(**{**vars(options.parse_args([])), **config})
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    train, val = json.loads((args.run_folder / "state" / "data.json").read_text(encoding="utf-8"))
-    supernet = timm.create_model(f"local-dir:{args.run_folder / 'supernet'}", pretrained=True).eval()
-    space = supernet.space
-    splits = load_splits(options.dataset)
-    size = tuple(supernet.img_size)
-    data = recipe.Data(splits, space, train, val, default_data_config(splits, size, indices=train))
+    train, val = json.loads((folder / "state" / "data.json").read_text(encoding="utf-8"))[:2]
+    supernet = load(config.get("supernet") or folder / "supernet").eval()
+    data_config = timm.data.resolve_model_data_config(supernet)
+    return options, recipe.Data(load_splits(options.dataset), supernet.space, train, val, data_config), supernet
+
+
+def search(args: argparse.Namespace) -> None:
+    space = SearchSpace.preset(args.space)
+    model_args = space.model_args
+    torch.manual_seed(args.seed)
+    net = timm.create_model("vit_resnas_supernet", space=space.to_dict()).eval()
+    x = torch.randn(args.images, model_args["in_chans"], *net.img_size)
+    y = torch.randint(0, model_args["num_classes"], (args.images,))
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    largest = space.costs(space.largest)
+    budget = Budget.parse(args.budget, share_of=largest)
+    search = RandomSearch(
+        space,
+        budget,
+        args.seed,
+        population=args.candidates,
+        iterations=args.rounds,
+        mutations=args.candidates,
+        crossovers=0,
+    )
+    inside = 0.0
+    original = net.forward_from_stem
+
+    def timed(stem: torch.Tensor) -> torch.Tensor:
+        nonlocal inside
+        begin = time.perf_counter()
+        out = original(stem)
+        inside += time.perf_counter() - begin
+        return out
+
+    net.forward_from_stem = timed
+    ours, forward, anew, build = [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        evaluator = Evaluator(net, batches, folder=folder)
+        evaluator.score([space.smallest])  # the stem's pass over the images, once in a search
+        while not search.done:
+            inside, begin = 0.0, time.perf_counter()
+            archs = search.ask()
+            scores = evaluator.score(archs)
+            search.tell(zip(archs, scores, strict=True))
+            write_jsonl(Path(folder) / "history.jsonl", search.history)
+            ours.append((time.perf_counter() - begin) / len(archs))
+            forward.append(inside / len(archs))
+            built = 0.0
+            begin = time.perf_counter()
+            for arch, score in zip(archs, scores, strict=True):
+                start = time.perf_counter()
+                definition = arch.canonical().to_network_def()
+                model = timm.create_model("vit_resnas", network_def=definition, **plain_args(space))
+                model.load_state_dict(net.sliced_state_dict(arch, model))
+                built += time.perf_counter() - start
+                if count_correct(model.eval(), batches)[0] != score:
+                    raise RunError(f"{arch} scores differently when it is built anew")
+            anew.append((time.perf_counter() - begin) / len(archs))
+            build.append(built / len(archs))
+    print(
+        f"{args.space}, {args.images} images of {net.img_size[0]} px, {args.candidates} candidates of {budget}, "
+        f"{args.rounds} rounds, CPU, {torch.get_num_threads()} threads; medians per candidate"
+    )
+    ratio = statistics.median(b / a for a, b in zip(ours, anew, strict=True))
+    share = statistics.median(1 - f / a for a, f in zip(ours, forward, strict=True))
+    a, f, b, c = (statistics.median(v) for v in (ours, forward, anew, build))
+    print(f"ours        {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
+    print(f"built anew  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
+    print(f"ours is {ratio:.2f}x as fast (median of the rounds' ratios)")
+
+
+def plain_args(space: SearchSpace) -> dict:
+    return {k: space.model_args[k] for k in ("img_size", "patch_size", "in_chans", "num_classes")}
+
+
+def versus(args: argparse.Namespace) -> None:
+    rows = []
+    print("| run | candidates | budget | search: val | test | random: val | test |")
+    print("|---|---|---|---|---|---|---|")
+    for folder in args.run_folders:
+        options, data, net = open_run(folder)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        budget = Budget.from_dict({k: v for k, v in results["budget"].items() if k != "asked"})
+        history = read_jsonl(folder / "history.jsonl")
+        random = RandomSearch(data.space, budget, options.seed, population=len(history), iterations=1)
+        evaluator = Evaluator(net, recipe.val_batches(data, torch.device("cpu")))
+        archs = random.ask()
+        random.tell(zip(archs, evaluator.score(archs), strict=True))
+        tester = Evaluator(net, eval_batches(data.splits.test, eval_transform(data.config)))
+        row = []
+        for record in (min(history, key=rank_key), random.best):
+            (test,) = tester.score([Arch.from_network_def(record["network_def"])])
+            row += [record["score"] / len(data.val), test / results["test_images"]]
+        rows.append(row)
+        shown = " | ".join(f"{v:.4f}" for v in row)
+        print(f"| {folder.name} | {len(history)} and {len(archs)} | {budget} | {shown} |", flush=True)
+    means = " | ".join(
+        f"{statistics.mean(c):.4f} ± {statistics.stdev(c) if len(c) > 1 else 0:.4f}" for c in zip(*rows, strict=True)
+    )
+    print(f"| mean ± s.d. | | | {means} |")
+    for name, i in (("validation", 0), ("test", 1)):
+        gains = [r[i] - r[i + 2] for r in rows]
+        wins, ties = sum(g > 0 for g in gains), sum(g == 0 for g in gains)
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        print(
+            f"{name}: search - random {100 * statistics.mean(gains):+.2f} points, standard error {100 * error:.2f}; "
+            f"higher in {wins} of {len(gains)}, equal in {ties}"
+        )
+
+
+def inherited(args: argparse.Namespace) -> None:
+    options, data, supernet = open_run(args.run_folder)
+    space, splits, train = data.space, data.splits, data.train
     test = eval_batches(splits.test, eval_transform(data.config))
     print(f"{options.dataset}: {options.epochs} epochs of {len(train)} images, {len(splits.test)} to test")
     print("| MACs | inherited | trained alone | ratio |")
@@ -233,6 +347,21 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", metavar="FILE", help="also write every measurement")
     verb.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
 
+    verb = verbs.add_parser("search", help="scoring candidates: ours against building each anew")
+    verb.set_defaults(run=search)
+    verb.add_argument("--space", default="vit_resnas_tiny")
+    verb.add_argument("--budget", default="macs=50%")
+    verb.add_argument("--images", type=int, default=256)
+    verb.add_argument("--candidates", type=int, default=5, help="candidates of a round")
+    verb.add_argument("--rounds", type=int, default=3)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--threads", type=int, default=0)
+
+    verb = verbs.add_parser("versus", help="finished searches against random search at as many evaluations")
+    verb.set_defaults(run=versus)
+    verb.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of recipes/search.py")
+    verb.add_argument("--threads", type=int, default=0)
+
     verb = verbs.add_parser("inherited", help="accuracy of inherited weights against training alone")
     verb.set_defaults(run=inherited)
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
@@ -245,6 +374,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     with main_guard("benchmark.py"):
+        if args.threads:
+            torch.set_num_threads(args.threads)
         args.run(args)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
+from torch.distributed import TCPStore
 from tqdm.auto import tqdm
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "format_minutes",
     "main_guard",
     "parse",
+    "shared_counter",
     "start",
     "step_seed",
 ]
@@ -119,6 +121,20 @@ def start(args: argparse.Namespace) -> Accelerator:
         )
     set_seed(args.seed)
     return accelerator
+
+
+def shared_counter(accelerator: Accelerator) -> Callable[[str], int] | None:
+    """Counts calls by name over all processes, from 0; None for a single process. All must call this together."""
+    if accelerator.num_processes == 1:
+        return None
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")  # where the first process is
+    store, port = None, [0]
+    if accelerator.is_main_process:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port = [store.port]
+    port = broadcast_object_list(port)
+    store = store or TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+    return lambda name: store.add(name, 1) - 1
 
 
 def step_seed(*numbers: int) -> int:

@@ -2,11 +2,12 @@
 
     python recipes/report.py runs/digits-micro
 
-Reads results.json, history.jsonl and training.jsonl; writes report.md, pareto.png and progress.png.
+Reads results.json, history.jsonl and training.jsonl; writes report.md, pareto.png, progress.png and choices.png.
 """
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from common import RunError, format_minutes, main_guard
 
 from timm_resnas import Arch
 from timm_resnas.nas.cost import Budget, format_cost
+from timm_resnas.nas.evolution import rank_key
 from timm_resnas.nas.jsonl import read_jsonl
 
 matplotlib.use("Agg")
@@ -23,6 +25,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd"}
+LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
+TOP = 25  # networks whose choices are shown, where the search has no parents
 ACCENT = "#d1495b"
 
 
@@ -39,6 +43,7 @@ def report(folder: Path) -> str:
     training = read_jsonl(folder / "training.jsonl")
     draw_pareto(folder / "pareto.png", results, history)
     draw_progress(folder / "progress.png", results, history, training)
+    draw_choices(folder / "choices.png", results, history)
     table = results_table(results)
     fresh = folder / ".report.md.new"
     fresh.write_text(markdown(results, history, table), encoding="utf-8")
@@ -75,6 +80,52 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's; NaN where one side has no differences."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:  # the mean rank where values are equal
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    a, b = ranks(a), ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt((a**2).sum() * (b**2).sum())
+    return float((a * b).sum() / scale) if scale else float("nan")
+
+
+def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
+    """What scores are worth: how they rank networks, and where the best stands among random ones."""
+    lines = []
+    if randoms := results["random"]:
+        val, test = (accuracies(results, randoms, s) for s in ("val", "test"))
+        best = accuracies(results, [results["best"]], "test")[0]
+        lines += [
+            f"- Of the {len(randoms)} random networks, {int((test < best).sum())} have a lower test accuracy than the "
+            f"best, {int((test == best).sum())} the same, {int((test > best).sum())} a higher one.",
+            f"- Rank correlation of score and test accuracy over these random networks: "
+            f"{rank_correlation(val, test):.2f} (1: the score orders networks as the test images do; standard error "
+            f"about {1 / np.sqrt(max(1, len(randoms) - 1)):.2f}).",
+        ]
+    scores = np.array([r["score"] for r in history])
+    lines.append(
+        f"- {len(np.unique(scores))} different scores among {len(history)} candidates; "
+        f"{int((scores == scores.max()).sum())} share the highest, of which fewer MACs decide."
+    )
+    if look := results.get("first_look"):
+        lines.append(
+            f"- First looks ended {look['ended']} candidates and saved {look['images_saved']:.0%} of the images. "
+            f"Scored in full afterwards, {look['would_be_parents']} of the {look['rechecked']} closest to the parents "
+            f"would have been among them."
+        )
+    if finalists := results.get("finalists"):
+        lines += [
+            f"- Measured end to end: {f['ms']:.4g} ms (predicted {f['predicted_ms']:.4g})"
+            + (", the best" if f["key"] == results["best"]["key"] else ", not taken")
+            for f in finalists
+        ]
+    return lines
+
+
 def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str) -> str:
     arch = Arch.from_network_def(results["best"]["network_def"])
     stages = ["| stage | embed_dim | blocks | heads | mlp_hidden |", "|---|---|---|---|---|"]
@@ -82,24 +133,34 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         present = [b for b in blocks if b.exists]
         heads, hidden = (" ".join(str(getattr(b, k)) for b in present) for k in ("num_heads", "mlp_hidden"))
         stages.append(f"| {i} | {dim} | {len(present)} of {len(blocks)} | {heads} | {hidden} |")
-    points = ["| MACs | params | search-val |", "|---|---|---|"]
-    for p in results["front"]:
-        score = p["score"] / results["val_images"]
-        points.append(f"| {format_cost('macs', p['macs'])} | {format_cost('params', p['params'])} | {score:.4f} |")
-    budget = {k: v for k, v in results["budget"].items() if k != "asked"}
+    shown = [name for name in LABELS if name in results["front"][0]]
+    points = [
+        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | search-val |",
+        "|---|" + "---|" * (len(shown) + 1),
+    ]
+    for k, p in enumerate(results["front"], start=1):
+        costs = " | ".join(format_cost(name, p[name]) for name in shown)
+        points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
+    limits = {k: v for k, v in results["budget"].items() if k != "asked"}
+    budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
+    objectives = results.get("objectives", ["macs"])
     seconds = results["seconds"]
+    leak = results.get("leak")
     lines = [
         f"# Search on {results['dataset']}, space {results['space']}",
         "",
-        f"Budget: {Budget.from_dict(budget)} (asked: `{results['budget']['asked']}`). "
-        f"{results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored with the "
-        f"supernet's weights on {results['val_images']} images that were not trained on. The {results['test_images']} "
-        "test images were used for this table only.",
+        f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored "
+        f"with the supernet's weights on {results['val_images']} images "
+        + ("" if leak else "that were not trained on")
+        + f". The {results['test_images']} test images were used for this table only.",
+        *(["", f"**Leak:** {leak}."] if leak else []),
         "",
         table,
         "",
         "Weights are inherited from the supernet; training the found network from scratch is a run of its own.",
         *(["", f"The search ended early ({results['ended_early']})."] if results["ended_early"] else []),
+        "",
+        *statistics(results, history),
         "",
         "## The network",
         "",
@@ -114,7 +175,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
         "```",
         "",
-        "## Front of accuracy against MACs",
+        f"## Front of accuracy against {' and '.join(LABELS[name] for name in objectives)}",
         "",
         *points,
         "",
@@ -124,9 +185,23 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         "",
         "![progress](progress.png)",
         "",
+        *(
+            [
+                "Hypervolume after each generation (1 is a network of no cost without errors): "
+                + ", ".join(f"{v:.4f}" for v in results["hypervolumes"]),
+                "",
+            ]
+            if results.get("hypervolumes")
+            else []
+        ),
+        "What was chosen in each stage: the first generation, the best networks of the whole search, and the best.",
+        "",
+        "![choices](choices.png)",
+        "",
         "## How it was made",
         "",
         f"- command: `{results['command']}`",
+        f"- supernet: {results.get('supernet') or 'trained by this run'}",
         f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
         f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}",
         "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
@@ -151,8 +226,12 @@ def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any
             *points(results["random"]), s=22, facecolors="none", edgecolors="#444444", label="random, of the budget"
         )
     axes.scatter(*points([results["largest"]]), s=50, marker="s", color="#2b2d42", label="largest network")
-    axes.plot(*points(results["front"]), color=ACCENT, linewidth=1, drawstyle="steps-post", label="front")
-    axes.scatter(*points([results["best"]]), s=110, marker="*", color=ACCENT, zorder=5, label="best within the budget")
+    front = results["front"]
+    if len(results.get("objectives", ["macs"])) > 1:  # the front has more dimensions than the picture
+        axes.scatter(*points(front), s=30, facecolors="none", edgecolors=ACCENT, label="front")
+    else:
+        axes.plot(*points(front), color=ACCENT, linewidth=1, drawstyle="steps-post", label="front")
+    axes.scatter(*points([results["best"]]), s=110, marker="*", color=ACCENT, zorder=5, label="best")
     axes.set_xlabel(f"{'G' if scale == 1e9 else 'M'}MACs")
     axes.set_ylabel("accuracy on the search's validation images")
     axes.set_title(f"{results['candidates']} candidates on {results['dataset']}", fontsize=10)
@@ -198,6 +277,52 @@ def draw_progress(
     right.set_title("candidates per generation", fontsize=10)
     right.grid(alpha=0.25)
     right.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_choices(path: Path, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Widths and depths per stage: mean and spread of the first generation and of the best networks, and the best."""
+
+    def features(record: dict[str, Any]) -> np.ndarray:  # [4, stages]
+        arch = Arch.from_network_def(record["network_def"])
+        rows = []
+        for dim, blocks in zip(arch.embed_dims, arch.stages, strict=True):
+            present = [b for b in blocks if b.exists]
+            rows.append(
+                [
+                    dim,
+                    len(present),
+                    np.mean([b.num_heads for b in present]) if present else np.nan,
+                    np.mean([b.mlp_hidden for b in present]) if present else np.nan,
+                ]
+            )
+        return np.array(rows, dtype=float).T
+
+    top = sorted(history, key=rank_key)[: results.get("parents") or TOP]
+    groups = {
+        "generation 1": ([r for r in history if r["generation"] == 0], COLORS["initial"], -0.18),
+        f"best {len(top)}": (top, COLORS["mutation"], 0.0),
+    }
+    best = features(results["best"])
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
+    stage = np.arange(1, best.shape[1] + 1)
+    for label, (records, color, shift) in groups.items():
+        values = np.stack([features(r) for r in records])
+        with warnings.catch_warnings():  # no network has a block there
+            warnings.simplefilter("ignore", RuntimeWarning)
+            mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        for i, axes in enumerate(panels):
+            axes.errorbar(stage + shift, mean[i], spread[i], fmt="o", color=color, capsize=3, label=label)
+    for i, (axes, title) in enumerate(zip(panels, ("embed_dim", "blocks", "heads", "mlp_hidden"), strict=True)):
+        axes.scatter(stage + 0.18, best[i], s=90, marker="*", color=ACCENT, zorder=5, label="best")
+        axes.set_title(title + (", mean of a stage's blocks" if i > 1 else ""), fontsize=10)
+        axes.set_xlabel("stage")
+        axes.set_xticks(stage)
+        axes.set_xlim(0.5, len(stage) + 0.5)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    panels[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

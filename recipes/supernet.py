@@ -10,12 +10,14 @@ Each step cuts the batch into groups and trains one sub-network on each (paper: 
 groups may lie in one process or in several (`--num-archs` counts them all), and go through the net at once or, to save
 memory, in `--accumulate` passes: the same sub-networks see the same images, only batch norm's statistics are those of
 a pass in its process (of all processes on CUDA, `--sync-bn`). At the start of each epoch of `--arch-warmup-epochs`
-channels are put in order of importance, moments of the optimizer along with them.
+channels are put in order of importance, moments of the optimizer along with them. With `--token-labeling` images are
+mixed by cells of the last stage's grid, and a second classifier learns what each cell shows (paper).
 
 The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.
 
-A run's folder holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model`),
+A run's folder holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model`, and
+training_data.json, which tells a later search what it was trained on),
 `training.jsonl` (loss and accuracy of the largest, the smallest and some random
 sub-networks), `training.png` and `state/`. Killed at any moment and started with the same command, a run goes on from
 its last checkpoint and ends with the same weights: batches, augmentation, sub-networks, drop path and learning rate
@@ -29,6 +31,7 @@ that is not finite ends the run with the last good checkpoint in place.
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
 import pickle
@@ -40,7 +43,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from common import (
@@ -69,6 +71,7 @@ from timm_resnas import Arch
 from timm_resnas.data import (
     EvalBatches,
     Splits,
+    TokenMix,
     check_leak,
     content_hashes,
     default_augment,
@@ -80,6 +83,7 @@ from timm_resnas.data import (
     split_search_val,
     train_loader,
     train_transform,
+    training_record,
 )
 from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.evaluate import count_correct
@@ -87,6 +91,7 @@ from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
 from timm_resnas.nas.sampling import MultiArchSampler, SandwichSampler
 from timm_resnas.nas.space import SearchSpace
 from timm_resnas.nas.supernet import MODES, VitResNasSupernet
+from timm_resnas.tasks import SupernetTask, TokenLabelLoss
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
 CHECK_STEPS = 50  # how often processes agree on the loss and on whether a checkpoint is due
@@ -97,7 +102,7 @@ FIXED = [
     *("seed", "amp", "dataset", "img_size", "val_per_class", "val_fraction", "batch_size", "space", "epochs"),
     *("num_archs", "arch_warmup_epochs", "lr", "min_lr", "warmup_epochs", "weight_decay", "drop_path", "smoothing"),
     *("sampler", "mode", "accumulate", "warmup_lr", "clip_grad", "decay_pos_embed", "sync_bn"),
-    *("scale", "hflip", "color_jitter", "aa", "reprob"),
+    *("scale", "hflip", "color_jitter", "aa", "reprob", "token_labeling", "patch_weight"),
 ]
 
 
@@ -123,7 +128,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reprob", type=float, metavar="P", help="probability of random erasing")
     group = parser.add_argument_group("supernet")
     group.add_argument(
-        "--space", default="micro", help="search space: vit_resnas_tiny, vit_resnas_small, mini or micro"
+        "--space",
+        default="micro",
+        help="search space: vit_resnas_tiny, vit_resnas_small, mini, micro, or a .json file of SearchSpace.to_dict()",
     )
     group.add_argument("--epochs", type=int, default=12, help="training epochs")
     group.add_argument("--batch-size", type=int, default=64, help="images per step, over all processes and passes")
@@ -157,6 +164,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate of the last block")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--token-labeling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mix images by cells, and train a second classifier on the tokens (paper's)",
+    )
+    group.add_argument(
+        "--patch-weight", type=float, default=1.0, metavar="X", help="weight of the tokens' loss in token labelling"
+    )
     group.add_argument(
         "--sync-bn",
         action=argparse.BooleanOptionalAction,
@@ -202,6 +218,22 @@ class Data(NamedTuple):
     config: dict[str, Any]  # timm's data_config
 
 
+def open_space(name: str) -> SearchSpace:
+    """A search space by a preset's name, or from a JSON file of what `SearchSpace.to_dict` gives.
+
+    Raises:
+        ValueError: The name is not known, or the file holds no space.
+    """
+    if not name.endswith(".json"):
+        return SearchSpace.preset(name)
+    try:
+        return SearchSpace.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+    except OSError as e:
+        raise RunError(f"--space {name}: {e.strerror}") from None
+    except ValueError as e:
+        raise RunError(f"--space {name}: {e}") from None
+
+
 def prepare(args: argparse.Namespace, run: Run) -> Data:
     """Open the data, cut the search's validation set, fit the space to the images.
 
@@ -210,8 +242,9 @@ def prepare(args: argparse.Namespace, run: Run) -> Data:
             right.
     """
     check_groups(args, PartialState().num_processes)
-    space = SearchSpace.create(args.space)
+    space = open_space(args.space)
     make_sampler(args, space)
+    TokenLabelLoss(patch_weight=args.patch_weight)
     size = space.model_args["img_size"] if args.img_size is None else args.img_size
     if isinstance(size, list):
         if len(size) > 2:
@@ -250,6 +283,7 @@ def build(args: argparse.Namespace, data: Data) -> VitResNasSupernet:
         "vit_resnas_supernet",
         space=data.space.to_dict(),
         drop_path_rate=args.drop_path,
+        patch_head=args.token_labeling or None,
         pretrained_cfg_overlay={**data.config, "num_classes": data.splits.num_classes},
     )
 
@@ -317,6 +351,14 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
     return schedule
 
 
+def make_task(args: argparse.Namespace, net: VitResNasSupernet) -> tuple[SupernetTask, TokenMix | None]:
+    """The loss, and what mixes images for it."""
+    labels = dict(token_labeling=args.token_labeling, patch_weight=args.patch_weight, smoothing=args.smoothing)
+    task = SupernetTask(net, **labels, verbose=False)
+    mix = TokenMix(net.num_classes, net.grids[-1], smoothing=args.smoothing) if args.token_labeling else None
+    return task, mix
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Data) -> VitResNasSupernet:
     """Train the supernet, or load it where the run has it already. Ends with the folder `supernet/`.
 
@@ -345,7 +387,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = make_optimizer(args, net)
     schedule = make_schedule(args, optimizer, len(loader))
-    model, optimizer = accelerator.prepare(net, optimizer)
+    task, mix = make_task(args, net)
+    task.trainable_module, optimizer = accelerator.prepare(net, optimizer)
     position = resume(accelerator, run, net, optimizer)
     if run.is_main:  # a kill may have come between a record and its checkpoint
         write_jsonl(run / "training.jsonl", [r for r in records_of(run) if r["step"] <= position.step])
@@ -368,10 +411,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
             net.sort_channels(optimizer)
         with Progress(steps, f"epoch {epoch + 1}/{args.epochs}", accelerator.is_local_main_process) as bar:
             for step, (x, y) in enumerate(loader.epoch(epoch, skip), start=skip):
-                model.train()
+                task.train()
                 schedule.step_update(position.step)
                 chunks = [(c, sampler.archs(epoch, step, c, world * args.accumulate)) for c in passes(args, rank)]
-                losses.append(backward(args, accelerator, model, x, y, chunks, position.step))
+                losses.append(backward(args, accelerator, task, mix, x, y, chunks, position.step))
                 if args.clip_grad is not None:
                     accelerator.clip_grad_norm_(net.parameters(), args.clip_grad)
                 optimizer.step()
@@ -403,7 +446,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
     check_weights(net, position.step)
     if accelerator.is_main_process:
         info = {"space": data.space.to_dict(), "dataset": args.dataset, "seed": args.seed, "epochs": args.epochs}
-        save_pretrained(net, run / "supernet", info=info, label_names=data.splits.class_names)
+        small = len(data.splits.train) <= HASHED_IMAGES
+        seen = training_record(data.splits.train, data.val, content_hashes(data.splits.train) if small else None)
+        files = {"training_data.json": json.dumps(seen) + "\n"}
+        save_pretrained(net, run / "supernet", info=info, label_names=data.splits.class_names, files=files)
         shutil.rmtree(run.state / "training", ignore_errors=True)
     accelerator.wait_for_everyone()
     return net
@@ -417,7 +463,8 @@ def passes(args: argparse.Namespace, rank: int) -> range:
 def backward(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    model: nn.Module,
+    task: SupernetTask,
+    mix: TokenMix | None,
     x: torch.Tensor,
     y: torch.Tensor,
     chunks: list[tuple[int, list[Arch]]],
@@ -427,12 +474,13 @@ def backward(
     total = x.new_zeros(())
     n = len(chunks)
     for i, ((number, archs), images, labels) in enumerate(zip(chunks, x.chunk(n), y.chunk(n), strict=True)):
+        if mix is not None:  # within the pass, so that processes may share out passes as they like
+            images, *labels = mix(images, labels, step_seed(args.seed, 4, step, number), groups=len(archs))
         torch.manual_seed(step_seed(args.seed, 3, step, number))  # drop path
         # processes exchange gradients once, in the last pass
-        with accelerator.no_sync(model) if i + 1 < n else contextlib.nullcontext():
+        with accelerator.no_sync(task.trainable_module) if i + 1 < n else contextlib.nullcontext():
             with accelerator.autocast():
-                logits = model(images, archs=archs, mode=args.mode)
-                loss = F.cross_entropy(logits, labels, label_smoothing=args.smoothing) / n
+                loss = task(images, labels, archs=archs, mode=args.mode)["loss"] / n
             accelerator.backward(loss)
         total += loss.detach()
     return total
@@ -615,7 +663,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv)
     with main_guard("supernet.py"):
         accelerator = start(args)
-        run = Run(args, accelerator, f"{dataset_name(args.dataset)}-{args.space}-supernet", FIXED)
+        run = Run(args, accelerator, f"{dataset_name(args.dataset)}-{Path(args.space).stem}-supernet", FIXED)
         data = prepare(args, run)
         run.begin()
         train(args, accelerator, run, data)

@@ -1,8 +1,10 @@
 """The main job, run as a user runs it, with sizes that take seconds."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
+from timm_resnas import Arch
+from timm_resnas.arch import Block
 from timm_resnas.nas.evolution import rank_key
 from timm_resnas.nas.jsonl import read_jsonl
+from timm_resnas.nas.space import SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -134,9 +139,9 @@ def forbid_search_scores(folder):
 
     original = Evaluator._count
 
-    def count(self, arch):
+    def count(self, archs, at_least):
         assert self._file is None, "a candidate was scored again"
-        return original(self, arch)
+        return original(self, archs, at_least)
 
     return count
 
@@ -206,7 +211,6 @@ def test_resolved_configuration_is_saved(finished):
         (["--budget", "macs=1M"], "budget"),
         (["--budget", "macs=900M"], "budget"),
         (["--budget", "flops=1G"], "expected name=value"),
-        (["--budget", "latency=3ms"], "latency"),
         (["--dataset", "imagefolder:/nowhere/at/all"], "/nowhere/at/all"),
         (["--dataset", "digitz"], "unknown data set 'digitz'"),
         (["--batch-size", "66"], "multiple"),
@@ -214,6 +218,14 @@ def test_resolved_configuration_is_saved(finished):
         (["--num-archs", "0"], "--num-archs must be at least 1"),
         (["--population", "0"], "population"),
         (["--mutation-prob", "7"], "mutation_prob"),
+        (["--first-look", "1"], "--first-look must be at least 0 and below 1"),
+        (["--first-look", "0.001"], "leaves a part empty"),
+        (["--first-look", "0.5", "--search", "random"], "--first-look needs --search evolution"),
+        (["--search", "pareto", "--objectives", "macs,speed"], "speed"),
+        (["--search", "pareto", "--objectives", "latency"], "--latency-table"),
+        (["--budget", "latency=3ms"], "--latency-table"),
+        (["--latency-table", "/nowhere/table.json"], "/nowhere/table.json"),
+        (["--supernet", "/nowhere/supernet"], "/nowhere/supernet"),
     ],
 )
 def test_wrong_input_is_one_message_before_any_training(options, message, tmp_path, capsys):
@@ -245,3 +257,192 @@ def test_max_minutes_ends_in_good_order(tmp_path, capsys):
     assert {r["generation"] for r in read_jsonl(folder / "history.jsonl")} == {0}
     assert "ended after 1 of 3 generations" in (folder / "report.md").read_text()
     assert (folder / "best" / "model.safetensors").exists()
+
+
+# -- a supernet from elsewhere ----------------------------------------------------------------------------------------
+
+
+SEARCH = [*QUICK[:3], *QUICK[QUICK.index("--iterations") :], "--population", "12"]
+
+
+def launch(supernet, output, name, *options, processes=1):
+    """A search as a process of its own, or several."""
+    command = [sys.executable, str(ROOT / "recipes" / "search.py")]
+    if processes > 1:
+        launcher = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, command[1]]
+    options = [*SEARCH, "--supernet", str(supernet), "--output", str(output), "--name", name, *options]
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def adopted(finished, tmp_path_factory):
+    """A search with the supernet of another run."""
+    folder = tmp_path_factory.mktemp("adopted")
+    return folder / "run", ended(launch(finished[0] / "supernet", folder, "run"))
+
+
+def test_a_supernet_is_searched_on_images_that_it_has_not_seen(finished, adopted):
+    before, after = (json.loads((f / "state" / "data.json").read_text()) for f in (finished[0], adopted[0]))
+    assert after == [*before, None]
+    assert "epoch" not in adopted[1] and not (adopted[0] / "training.jsonl").exists()
+    results = json.loads((adopted[0] / "results.json").read_text())
+    assert results["leak"] is None and results["supernet"] == str(finished[0] / "supernet")
+    assert results["largest"]["score"] == json.loads((finished[0] / "results.json").read_text())["largest"]["score"]
+    with Image.open(adopted[0] / "choices.png") as image:
+        assert image.size[0] > 500
+
+
+def test_two_processes_have_the_history_of_one(finished, adopted, tmp_path):
+    ended(launch(finished[0] / "supernet", tmp_path, "two", processes=2))
+    assert without_seconds(tmp_path / "two") == without_seconds(adopted[0])
+    scored = [len(read_jsonl(f)) for f in sorted((tmp_path / "two" / "state").glob("scores-*.jsonl"))]
+    assert len(scored) == 2 and min(scored) > 0
+    assert sum(scored) == len(read_jsonl(adopted[0] / "state" / "scores-0.jsonl"))  # none twice
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("kills", [(1, 9, 15)])
+def test_killed_and_resumed_searches_have_the_history_of_an_unbroken_one(finished, adopted, tmp_path, kills):
+    scores = tmp_path / "killed" / "state" / "scores-0.jsonl"
+    for count in kills:
+        process = launch(finished[0] / "supernet", tmp_path, "killed")
+        while process.poll() is None and not (scores.exists() and scores.read_bytes().count(b"\n") >= count):
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        with scores.open("a") as f:
+            f.write('{"key": "half a li')
+    ended(launch(finished[0] / "supernet", tmp_path, "killed"))
+    assert without_seconds(tmp_path / "killed") == without_seconds(adopted[0])
+    scored = [r["key"] for r in read_jsonl(scores)]
+    assert len(scored) == len(set(scored))
+
+
+def test_images_that_the_supernet_was_trained_on_are_refused(finished, tmp_path, capsys):
+    options = [*SEARCH, "--supernet", str(finished[0] / "supernet"), "--output", str(tmp_path)]
+    more = [*options, "--val-per-class", "100", "--val-fraction", "0.9"]
+    with pytest.raises(SystemExit):
+        search.main([*more, "--name", "refused"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "were trained on by" in lines[0] and "--allow-leak" in lines[0]
+    search.main([*more, "--name", "allowed", "--allow-leak"])
+    said = "images that candidates are scored on were trained on"
+    assert said in capsys.readouterr().out
+    report = (tmp_path / "allowed" / "report.md").read_text()
+    assert "**Leak:**" in report and said in report and "that were not trained on" not in report
+
+
+def test_a_leak_is_found_by_content_in_other_files(finished, tmp_path, capsys):
+    """The training images of digits as PNG files in folders: no index tells, only their pixels do."""
+    from timm_resnas.data import load_splits
+
+    splits, (train, val) = load_splits("digits"), json.loads((finished[0] / "state" / "data.json").read_text())
+    for part, indices in (("train", train[:200] + val[:150]), ("test", [])):
+        source = splits.train if part == "train" else splits.test
+        for i in indices or range(60):
+            item = source[i]
+            folder = tmp_path / "png" / part / str(item["label"])
+            folder.mkdir(parents=True, exist_ok=True)
+            item["image"].save(folder / f"{i}.png")
+    options = [*SEARCH, "--supernet", str(finished[0] / "supernet"), "--output", str(tmp_path)]
+    options += ["--dataset", f"imagefolder:{tmp_path / 'png'}", "--val-per-class", "5"]
+    search.main([*options, "--name", "unseen"])
+    assert json.loads((tmp_path / "unseen" / "results.json").read_text())["leak"] is None
+    hashes = set()
+    data = json.loads((tmp_path / "unseen" / "state" / "data.json").read_text())
+    from timm_resnas.data import content_hashes
+
+    hashes = set(content_hashes(splits.train, train))
+    assert not hashes & set(content_hashes(load_splits(f"imagefolder:{tmp_path / 'png'}").train, data[1]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        search.main([*options, "--name", "seen", "--val-fraction", "0.9", "--val-per-class", "30"])
+    assert "200 of the 350 images" in capsys.readouterr().err
+
+
+def test_a_supernet_that_does_not_say_what_it_saw(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "supernet", tmp_path / "silent")
+    (tmp_path / "silent" / "training_data.json").unlink()
+    search.main([*SEARCH, "--supernet", str(tmp_path / "silent"), "--output", str(tmp_path), "--name", "run"])
+    assert "cannot be ruled out" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_space_within_the_supernet(finished, tmp_path):
+    """A file with fewer choices than the supernet's own space."""
+    space = SearchSpace.preset("micro").to_dict()
+    for entry, kept in zip(space["network_def"], space["num_channels_to_keep"], strict=True):
+        if isinstance(kept, dict):
+            kept["mlp"] = [entry[2][1]]
+    (tmp_path / "wide.json").write_text(json.dumps(space))
+    options = ["--space", str(tmp_path / "wide.json"), "--output", str(tmp_path), "--name", "run"]
+    search.main([*SEARCH, "--supernet", str(finished[0] / "supernet"), "--budget", "macs=60%", *options])
+    widest = {b.mlp_hidden for b in Arch.from_network_def(space["network_def"]).blocks if isinstance(b, Block)}
+    for record in read_jsonl(tmp_path / "run" / "history.jsonl"):
+        present = [b for b in Arch.from_network_def(record["network_def"]).blocks if isinstance(b, Block) and b.exists]
+        assert {b.mlp_hidden for b in present} <= widest
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--space", "mini"], "fit"),
+        (["--img-size", "48"], "is not that of the supernet"),
+        (["--dataset", "photos"], "has 5 classes, the supernet 10"),
+    ],
+)
+def test_what_does_not_fit_the_supernet(finished, photos, options, message, tmp_path, capsys):
+    options = [f"imagefolder:{photos}" if o == "photos" else o for o in options]
+    with pytest.raises(SystemExit):
+        search.main([*SEARCH, "--supernet", str(finished[0] / "supernet"), "--output", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_plain_network_is_no_supernet(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        search.main([*SEARCH, "--supernet", str(finished[0] / "best"), "--output", str(tmp_path)])
+    assert "expected a supernet" in capsys.readouterr().err
+
+
+# -- other searches ---------------------------------------------------------------------------------------------------
+
+
+def test_first_looks(finished, tmp_path):
+    supernet = ["--supernet", str(finished[0] / "supernet"), "--output", str(tmp_path)]
+    more = ["--population", "30", "--iterations", "3", "--parents", "1", "--mutations", "10"]
+    search.main([*SEARCH, *supernet, *more, "--first-look", "0.5", "--name", "look"])
+    results = json.loads((tmp_path / "look" / "results.json").read_text())
+    history = read_jsonl(tmp_path / "look" / "history.jsonl")
+    ended = [r for r in history if "looked" in r]
+    assert results["first_look"]["ended"] == len(ended) > 0
+    assert all(r["score"] < r["at_least"] and r["looked"] < results["val_images"] for r in ended)
+    assert "looked" not in results["best"] and "First looks ended" in (tmp_path / "look" / "report.md").read_text()
+    before = without_seconds(tmp_path / "look")
+    search.main([*SEARCH, *supernet, *more, "--first-look", "0.5", "--name", "look"])  # scored in full meanwhile
+    assert without_seconds(tmp_path / "look") == before
+
+
+def test_pareto_search(finished, tmp_path):
+    options = ["--search", "pareto", "--objectives", "macs,params", "--output", str(tmp_path), "--name", "run"]
+    search.main([*SEARCH, "--supernet", str(finished[0] / "supernet"), *options])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    front = results["front"]
+    for a in front:
+        rivals = [b for b in front if b["score"] >= a["score"]]
+        assert [b for b in rivals if b["macs"] <= a["macs"] and b["params"] <= a["params"]] == [a]
+    assert len(list((tmp_path / "run" / "pareto").iterdir())) == len(front)
+    assert results["hypervolumes"] == sorted(results["hypervolumes"]) and len(results["hypervolumes"]) == 3
+    assert "accuracy against MACs and params" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_random_search_without_a_budget(finished, tmp_path):
+    options = ["--search", "random", "--budget", "none", "--output", str(tmp_path), "--name", "run"]
+    search.main([*SEARCH, "--supernet", str(finished[0] / "supernet"), *options])
+    macs = [r["macs"] for r in read_jsonl(tmp_path / "run" / "history.jsonl")]
+    assert max(macs) > 1.2 * min(macs) and "Budget: none" in (tmp_path / "run" / "report.md").read_text()

@@ -298,6 +298,85 @@ def test_two_processes_killed_and_continued_by_two_and_by_one(nursery, straight_
     assert records(alone)[0]["loss"] == pytest.approx(records(killed)[0]["loss"], abs=0.05)
 
 
+TOKENS = ["--token-labeling", "--patch-weight", "0.5", "--img-size", "32", "--epochs", "1", "--arch-warmup-epochs", "0"]
+
+
+def test_token_labels_killed_and_continued(nursery, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    nursery.run(straight, *TOKENS)
+    pid = nursery.start(killed, *TOKENS, "--checkpoint-steps", "3")
+    wait_for_step(killed, 3, pid)
+    os.kill(pid, signal.SIGKILL)
+    nursery.wait(pid)
+    nursery.run(killed, *TOKENS, "--checkpoint-steps", "3")
+    assert "goes on at step" in Path(f"{killed}.log").read_text()
+    assert_equal_runs(killed, straight)
+    assert 2 < records(straight)[0]["loss"] < 1.5 * math.log(10) + 0.3  # class loss, and half of the tokens'
+
+    net = timm.create_model(f"local-dir:{straight / 'supernet'}", pretrained=True).eval()
+    fresh = supernet.build(parse(parser(), [*QUICK, *TOKENS]), FakeData(net))
+    assert net.grids[-1] == (2, 2) and net.patch_head.weight.shape == (10, net.num_features)
+    assert (net.patch_head.weight - fresh.patch_head.weight).abs().mean() > 1e-3  # it was trained
+    best = net.extract(net.space.smallest)
+    supernet.save_pretrained(best, tmp_path / "best")
+    x = torch.randn(2, 3, 32, 32)
+    for options in ({}, dict(patch_head=False)):  # a reader may leave the second classifier out
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True, **options).eval()
+        assert (loaded.patch_head is None) == bool(options)
+        net.set_arch(net.space.smallest)
+        torch.testing.assert_close(loaded(x), net(x))
+
+
+class FakeData:
+    """What `build` asks of the data."""
+
+    def __init__(self, net):
+        self.space, self.splits, self.config = net.space, type("Splits", (), dict(num_classes=10)), {}
+
+
+class Listener(torch.nn.Module):
+    """In a task's place: notes what it is asked to train on."""
+
+    def __init__(self):
+        super().__init__()
+        self.trainable_module, self.seen = torch.nn.Linear(1, 1), []
+
+    def forward(self, images, target, archs, mode):
+        self.seen.append((images, *target, archs))
+        return {"loss": self.trainable_module.weight.sum()}
+
+
+def test_images_are_mixed_alike_by_processes_and_passes(tmp_path):
+    """2 processes of 2 passes, 4 passes of one: the same mixed images for the same sub-networks, others each step."""
+
+    def trained_on(world, accumulate, step):
+        options = [*QUICK, *TOKENS, "--num-archs", "8", "--accumulate", str(accumulate), "--output", str(tmp_path)]
+        args = parse(parser(), options)
+        accelerator, task = start(args), Listener()
+        x, y = torch.arange(16.0)[:, None, None, None].repeat(1, 3, 32, 32), torch.arange(16) % 10
+        for rank in range(world):
+            share = slice(rank * 16 // world, (rank + 1) * 16 // world)
+            chunks = [(c, [f"{c}a", f"{c}b"]) for c in supernet.passes(args, rank)]
+            mix = supernet.TokenMix(10, 2, smoothing=args.smoothing)
+            supernet.backward(args, accelerator, task, mix, x[share], y[share], chunks, step)
+        return task.seen
+
+    wanted = trained_on(1, 4, 7)
+    for world, accumulate in ((2, 2), (4, 1)):
+        for one, other in zip(wanted, trained_on(world, accumulate, 7), strict=True):
+            assert one[-1] == other[-1] and all(map(torch.equal, one[:-1], other[:-1]))
+    assert [archs for *_, archs in wanted] == [["0a", "0b"], ["1a", "1b"], ["2a", "2b"], ["3a", "3b"]]
+    for c, (images, targets, patch_targets, _) in enumerate(wanted):
+        assert 4 * c <= images.min() and images.max() <= 4 * c + 3  # partners are of the same pass
+        assert targets.shape == (4, 10) and patch_targets.shape == (4, 4, 10)
+        # the first image of each group is whole cells of CutMix, the second is Mixup's
+        for i in (0, 2):
+            assert set(images[i].unique().tolist()) <= {4 * c, 4 * c + 2}
+    shares = [images[1, 0, 0, 0].item() - 4 * c for c, (images, *_) in enumerate(wanted)]
+    assert len(set(shares)) > 1  # each pass draws its own
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(wanted, trained_on(1, 4, 8), strict=True))
+
+
 def test_other_ways_to_train(tmp_path, monkeypatch):
     folder, logged = tmp_path / "other", []
     sort, sorted_after = supernet.VitResNasSupernet.sort_channels, []
@@ -374,6 +453,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
         (["--eval-every", "0"], "--eval-every must be at least 1"),
         (["--sampler", "sandwich", "--num-archs", "1"], "num_archs 1 is under 2"),
         (["--aa", "rand-m9"], "shift takes the place of auto_augment"),
+        (["--patch-weight", "-1"], "patch_weight=-1.0: neither may be below 0"),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path, capsys):
@@ -417,6 +497,7 @@ def test_the_papers_settings(size):
     assert args.drop_path == {"tiny": 0.2, "small": 0.3}[size]
     assert (args.scale, args.aa, args.reprob, args.hflip) == ([0.08, 1.0], "rand-m9-mstd0.5-inc1", 0.25, 0.5)
     assert args.decay_pos_embed and args.val_per_class == 25
+    assert args.token_labeling and args.patch_weight == 1
     supernet.check_groups(args, 8)
     with pytest.raises(RunError, match="multiple of 3"):
         supernet.check_groups(args, 3)

@@ -2,12 +2,15 @@
 
 Scores are integers, cached by `Arch.key`, and a function of weights and images alone, so that a search has the same
 history on any number of processes. Every score is appended at once to a file of its process; a killed search that is
-started again computes none of them anew.
+started again computes none of them anew. Processes take the next candidates from a common counter, so that a slow one
+holds none up.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +22,20 @@ __all__ = ["Evaluator", "count_correct"]
 
 # Room for the stem's output of the whole evaluation set: the stem is common to all sub-networks.
 STEM_CACHE_BYTES = 512 << 20
+# Where it does not fit, so many candidates share a pass over the images, and with it decoding and the stem.
+TOGETHER = 8
+# A first look ends a candidate whose estimate stays so many standard errors below what the parents need.
+FIRST_LOOK_ERRORS = 2.0
 
 
 @torch.inference_mode()
 def count_correct(model: Callable[[torch.Tensor], torch.Tensor], batches: Iterable) -> tuple[int, int]:
     """(correct answers, images) of a classifier over batches of (images, labels)."""
-    correct = images = 0
+    correct, images = 0, 0
     for x, y in batches:
-        correct += int((model(x).argmax(dim=-1) == y).sum())
+        correct = correct + (model(x).argmax(dim=-1) == y).sum()  # stays on the device: no wait per batch
         images += len(y)
-    return correct, images
+    return int(correct), images
 
 
 class Evaluator:
@@ -37,15 +44,21 @@ class Evaluator:
     Args:
         net: The supernet, on the device of the batches; it is put in eval mode.
         batches: Re-iterable (images, labels), the same at every pass.
+        first_look: More batches, disjoint from ``batches``, that are scored first: see `score`.
         folder: Where score files are kept; None keeps scores in memory only.
         fingerprint: Names the weights and images that the scores belong to; scores under another name are left alone.
         rank: This process.
-        world: Number of processes; each scores every ``world``-th new candidate.
-        gather: Joins the processes' lists, called once per `score`; needed when ``world`` > 1.
+        world: Number of processes.
+        gather: Joins the processes' lists, called once here and once per `score`; needed when ``world`` > 1.
+        take: A counter that all processes share: the number of earlier calls with this name. Needed when
+            ``world`` > 1.
         dtype: Run the network under autocast to this type.
 
     Attributes:
         num_computed: Candidates that this process has scored itself.
+
+    Raises:
+        ValueError: Several processes without ``gather`` and ``take``; a score file that is damaged.
     """
 
     def __init__(
@@ -53,89 +66,169 @@ class Evaluator:
         net: VitResNasSupernet,
         batches: Iterable,
         *,
+        first_look: Iterable | None = None,
         folder: str | Path | None = None,
         fingerprint: str = "",
         rank: int = 0,
         world: int = 1,
         gather: Callable[[list], list] | None = None,
+        take: Callable[[str], int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if world > 1 and gather is None:
-            raise ValueError("several processes need a way to join their scores; pass gather")
+        if world > 1 and (gather is None or take is None):
+            raise ValueError("several processes need to join their scores and to share a counter; pass gather and take")
         self.net = net.eval()
-        self.batches = batches
-        self.rank, self.world, self.gather = rank, world, gather
+        self.parts = [batches] if first_look is None else [first_look, batches]
+        self.rank, self.world, self.gather, self.take = rank, world, gather, take
         self.dtype = dtype
         self.fingerprint = fingerprint
         self.num_computed = 0
-        self._records: dict[str, dict] = {}
-        self._stems: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-        self._too_large = False
+        self._sizes: list[int] | None = None  # images of each part
+        self._records: dict[str, dict[str, Any]] = {}
+        self._cut: dict[str, dict[str, Any]] = {}  # ended by a first look
+        self._stems: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._rounds = 0
         self._file: Path | None = None
+        known: list[dict[str, Any]] = []
         if folder is not None:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._file = folder / f"scores-{rank}.jsonl"
             read_jsonl(self._file, mend=True)
             for file in sorted(folder.glob("scores-*.jsonl")):
-                self._remember(read_jsonl(file))
+                known += [r for r in read_jsonl(file) if r.get("fingerprint") == self.fingerprint]
+        # processes may see different files (a disk each), but must agree on what is left to score
+        self._remember(known if world == 1 else gather(known))
 
-    def score(self, archs: Sequence[Arch], report: Callable[[int], None] | None = None) -> list[int]:
-        """Correct answers of each architecture; every process must call it with the same list.
+    def score(
+        self, archs: Sequence[Arch], report: Callable[[int], None] | None = None, at_least: int | None = None
+    ) -> list[int]:
+        """Correct answers of each architecture; every process must call it with the same arguments.
+
+        With ``at_least`` and a first look, a candidate is scored on the images of the first look alone when their
+        share of correct answers, carried over to all images, stays two standard errors below ``at_least``. Its score
+        is that estimate, always below ``at_least``; its record has ``looked``, the number of images seen.
 
         Args:
             archs: Candidates.
-            report: Called after each candidate that this process has scored with the number of those so far.
+            report: Called with the number of candidates that this process has scored, after each pass.
+            at_least: The score that a candidate must reach to be of use; None scores all images.
         """
-        todo: dict[str, Arch] = {}
-        for arch in archs:
-            if arch.key() not in self._records:
-                todo.setdefault(arch.key(), arch)
-        mine = []
-        for arch in list(todo.values())[self.rank :: self.world]:
+        at_least = at_least if len(self.parts) > 1 else None
+        known = self._records if at_least is None else {**self._records, **self._cut}
+        todo = {arch.key(): arch for arch in archs if arch.key() not in known}
+        # the most expensive first: processes then finish together
+        queue = sorted(todo.values(), key=lambda a: (-self.net.space.costs(a)["macs"], a.key()))
+        mine: list[dict[str, Any]] = []
+        for chunk in self._chunks(queue):
             start = time.perf_counter()
-            record = {"key": arch.key(), "score": self._count(arch), "fingerprint": self.fingerprint}
-            record["seconds"] = round(time.perf_counter() - start, 6)
-            self.num_computed += 1
-            mine.append(record)
+            records = self._count(chunk, at_least)
+            seconds = round((time.perf_counter() - start) / len(chunk), 6)
+            records = [{**r, "fingerprint": self.fingerprint, "seconds": seconds} for r in records]
+            mine += records
+            self.num_computed += len(chunk)
             if self._file is not None:
-                append_jsonl(self._file, [record])
+                append_jsonl(self._file, records)
             if report is not None:
                 report(len(mine))
         self._remember(mine if self.world == 1 else self.gather(mine))
-        return [self._records[arch.key()]["score"] for arch in archs]
+        return [self.record(arch, at_least is not None)["score"] for arch in archs]
 
-    def seconds(self, arch: Arch) -> float:
-        """How long scoring this architecture took."""
-        return self._records[arch.key()]["seconds"]
+    def record(self, arch: Arch, first_look: bool = False) -> dict[str, Any]:
+        """What is known of a scored architecture: ``score``, ``seconds`` and, after a first look alone, ``looked``."""
+        key = arch.key()
+        return self._cut[key] if first_look and key in self._cut else self._records[key]
 
-    def _remember(self, records: Iterable[dict]) -> None:
+    def _chunks(self, queue: list[Arch]) -> Iterator[list[Arch]]:
+        """Candidates for this process to score, so many at a time as share a pass over the images."""
+        if queue and self._stems is None:
+            self._cache_stems()
+        size = 1 if self._stems else max(1, min(TOGETHER, len(queue) // self.world))
+        self._rounds += 1
+        number = 0
+        while True:
+            begin = size * (number if self.world == 1 else self.take(f"round {self._rounds}"))
+            if begin >= len(queue):
+                return
+            yield queue[begin : begin + size]
+            number += 1
+
+    def _remember(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
-            if record.get("fingerprint") == self.fingerprint:
-                self._records.setdefault(record["key"], record)
+            (self._cut if "looked" in record else self._records).setdefault(record["key"], record)
 
     @torch.inference_mode()
-    def _count(self, arch: Arch) -> int:
-        net = self.net
-        previous = net.active
-        net.set_arch(arch)
+    def _count(self, archs: list[Arch], at_least: int | None) -> list[dict[str, Any]]:
+        """Score records of architectures that share each pass over the images."""
+        net, previous = self.net, self.net.active
+        correct = [0] * len(archs)
+        cut: dict[int, int] = {}
         try:
-            with torch.autocast(net.cls_token.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                if self._stems is None and not self._too_large:
-                    self._cache_stems()
-                if self._stems is not None:
-                    return count_correct(net.forward_from_stem, self._stems)[0]
-                return count_correct(net, self.batches)[0]
+            with self._autocast():
+                seen = 0
+                for part in range(len(self.parts)):
+                    left = [i for i in range(len(archs)) if i not in cut]
+                    counts: dict[int, Any] = dict.fromkeys(left, 0)
+                    images = 0
+                    for stem, labels in self._stem_batches(part) if left else ():
+                        images += len(labels)
+                        for i in left:
+                            net.set_arch(archs[i])
+                            counts[i] = counts[i] + (net.forward_from_stem(stem).argmax(dim=-1) == labels).sum()
+                    seen += images
+                    for i in left:
+                        correct[i] += int(counts[i])
+                    if at_least is not None and part == 0:
+                        total = sum(self._part_sizes())
+                        cut = {
+                            i: estimate
+                            for i in left
+                            if (estimate := _hopeless(correct[i], seen, total, at_least)) is not None
+                        }
         finally:
             net.set_arch(previous)
+        first = self._part_sizes()[0] if cut else 0
+        return [
+            {"key": a.key(), "score": cut[i], "looked": first} if i in cut else {"key": a.key(), "score": correct[i]}
+            for i, a in enumerate(archs)
+        ]
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.net.cls_token.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def _part_sizes(self) -> list[int]:
+        if self._sizes is None:
+            self._sizes = [sum(len(y) for _, y in part) for part in self.parts]
+        return self._sizes
+
+    def _stem_batches(self, part: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        if self._stems:
+            return self._stems[part]
+        return ((self.net.patch_embed.stem(x), y) for x, y in self.parts[part])
+
+    @torch.inference_mode()
     def _cache_stems(self) -> None:
-        stems, used = [], 0
-        for x, y in self.batches:
-            stem = self.net.patch_embed.stem(x)
-            used += stem.nbytes
-            if used > STEM_CACHE_BYTES:
-                self._too_large = True
-                return
-            stems.append((stem, y))
+        """Keep the stem's output of all images, if there is room; an empty list stands for no."""
+        stems: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        used = 0
+        self._stems = []
+        with self._autocast():
+            for part in self.parts:
+                stems.append([])
+                for x, y in part:
+                    stem = self.net.patch_embed.stem(x)
+                    used += stem.nbytes
+                    if used > STEM_CACHE_BYTES:
+                        return
+                    stems[-1].append((stem, y))
         self._stems = stems
+
+
+def _hopeless(correct: int, images: int, total: int, at_least: int) -> int | None:
+    """The estimated score out of ``total``, if it is clear enough that it stays below ``at_least``."""
+    share = correct / images
+    # of a share seen on part of a finite set
+    error = math.sqrt(share * (1 - share) / images * (total - images) / max(1, total - 1))
+    if (share + FIRST_LOOK_ERRORS * error) * total >= at_least:
+        return None
+    return math.floor(share * total)

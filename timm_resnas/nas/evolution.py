@@ -27,7 +27,7 @@ from ..arch import Arch
 from .cost import Budget
 from .space import BudgetError, ExtraCosts, SearchSpace
 
-__all__ = ["EvolutionSearch", "RandomSearch", "Search", "rank_key"]
+__all__ = ["EvolutionSearch", "RandomSearch", "Search", "plain", "rank_key"]
 
 _PATIENCE = 8  # fruitless re-draws, one after the other, until a generation is left smaller
 _SPARE = 16
@@ -55,6 +55,7 @@ class Search:
             ``network_def``, ``key``, ``macs``, ``params``, ``memory`` and extra costs, ``score``, ``generation``,
             ``origin`` ("initial", "mutation", "crossover" or "random").
         generation: Number of the current generation, from 0.
+        batch: Networks of a generation after the initial one, at most.
 
     Raises:
         BudgetError: The space cannot meet the budget.
@@ -62,6 +63,7 @@ class Search:
     """
 
     kind = ""
+    batch = 0
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class Search:
             record = {
                 "network_def": json.loads(arch.to_json()),
                 "key": key,
-                **_plain(self.space.costs(arch, self.extra_costs)),
+                **plain(self.space.costs(arch, self.extra_costs)),
                 "score": self._scores[key],
                 "generation": self.generation,
                 "origin": origin,
@@ -298,6 +300,7 @@ class EvolutionSearch(Search):
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)
         self.crossovers = _count("crossovers", crossovers, minimum=0)
+        self.batch = self.mutations + self.crossovers
         if not 0 < mutation_prob <= 1:
             raise ValueError(f"mutation_prob must be above 0 and at most 1, got {mutation_prob!r}")
         self.mutation_prob = float(mutation_prob)
@@ -372,5 +375,6 @@ def _count(name: str, value: Any, minimum: int = 1) -> int:
     return value
 
 
-def _plain(costs: Mapping[str, Any]) -> dict[str, int | float]:
+def plain(costs: Mapping[str, Any]) -> dict[str, int | float]:
+    """Costs as Python numbers."""
     return {name: value.item() if hasattr(value, "item") else value for name, value in costs.items()}

@@ -223,7 +223,10 @@ class VitResNasSupernet(VitResNas):
 
     def forward_from_stem(self, stem: torch.Tensor):
         """`forward` of the active architecture from ``net.patch_embed.stem(x)``, which all sub-networks share."""
-        return self._forward_sliced(stem, [self.active or self.arch])
+        arch = self.active or self.arch
+        if self.training or torch.is_grad_enabled():
+            return self._forward_sliced(stem, [arch])
+        return self._forward_one(stem, arch)
 
     def _choose(self, mode: str) -> str:
         """The mode that 'auto' stands for; said once."""
@@ -311,6 +314,40 @@ class VitResNasSupernet(VitResNas):
         shortcut = F.pad(_pool(block, x.flatten(0, 1)), (0, block.out_dim - block.in_dim))
         groups = (len(x), -1)
         return torch.addcmul(shortcut.unflatten(0, groups), y.unflatten(0, groups), out)
+
+    # -- one sub-network, to be scored: plain layers on slices of the weights ---------------------------------------
+
+    def _forward_one(self, stem: torch.Tensor, arch: Arch):
+        """As `_forward_sliced` of one group, without what gradients and several groups need."""
+        conv, dim = self.patch_embed.projection, arch.patch_embed.dim
+        x = self._tokens(F.conv2d(stem, conv.weight[:dim], conv.bias[:dim], conv.stride).flatten(2).transpose(1, 2))
+        for block, entry in zip(self.blocks, arch.blocks, strict=True):
+            if isinstance(entry, Reduction):
+                x = self._reduce_one(block, x, entry)
+            elif entry.exists:
+                x = self._block_one(block, x, entry)
+        return self._head_packs([Pack((0,), x)])
+
+    def _block_one(self, block: TransformerBlock, x: torch.Tensor, entry: Block) -> torch.Tensor:
+        attn, mlp, dim, width, hidden = block.attn, block.mlp, entry.dim, entry.attn_dim, entry.mlp_hidden
+        y = elastic_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
+        weight = attn.qkv.weight.unflatten(0, (3, -1))[:, :width, :dim].flatten(0, 1)
+        y = F.linear(y, weight, attn.qkv.bias.unflatten(0, (3, -1))[:, :width].flatten())
+        y = _attend(y, attn.head_dim, 0.0)
+        x = x + F.linear(y, attn.proj.weight[:dim, :width], attn.proj.bias[:dim])
+        y = elastic_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps)
+        y = mlp.act(F.linear(y, mlp.fc1.weight[:hidden, :dim], mlp.fc1.bias[:hidden]))
+        return x + F.linear(y, mlp.fc2.weight[:dim, :hidden], mlp.fc2.bias[:dim])
+
+    def _reduce_one(self, block: SpatialReduction, x: torch.Tensor, entry: Reduction) -> torch.Tensor:
+        prefix, (dim, out) = block.num_prefix_tokens, (entry.in_dim, entry.out_dim)
+        conv, linear = block.patch_reduce, block.token_transform
+        y = elastic_layer_norm(x, block.norm.weight, block.norm.bias, block.norm.eps)
+        tokens = F.linear(y[:, :prefix], linear.weight[:out, :dim], linear.bias[:out])
+        maps = block.to_map(y[:, prefix:])
+        maps = F.conv2d(maps, conv.weight[:out, :dim], conv.bias[:out], conv.stride, conv.padding)
+        y = torch.cat([tokens, maps.flatten(2).transpose(1, 2) + block.pos_embed[..., :out]], dim=1)
+        return y + F.pad(_pool(block, x), (0, out - dim))
 
     # -- sliced: each group through its own slices of the weights ---------------------------------------------------
 
