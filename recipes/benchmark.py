@@ -44,6 +44,7 @@ import torch
 import yaml
 from common import RunError, add_run_options, main_guard
 from timm.optim import create_optimizer_v2
+from training import augmentation, make_schedule
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas import Arch
@@ -306,12 +307,12 @@ def inherited(args: argparse.Namespace) -> None:
         net.init_weights()
         loader = train_loader(
             splits.train.select(train),
-            train_transform(data.config, **recipe.augmentation(options, data)),
+            train_transform(data.config, **augmentation(options, splits, tuple(supernet.img_size))),
             options.batch_size,
             seed=args.seed + i,
         )
         optimizer = create_optimizer_v2(net, opt="adamw", lr=options.lr, weight_decay=options.weight_decay)
-        schedule = recipe.make_schedule(options, optimizer, len(loader))
+        schedule = make_schedule(options, optimizer, len(loader))
         net.train()
         step = 0
         for epoch in range(options.epochs):

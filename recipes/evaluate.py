@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             args.model,
             pretrained=True,
             pretrained_path=args.pretrained_path,
+            allow_pickle=args.allow_pickle,
             img_size=pair(args.img_size),
             kwargs=parse_kwargs("--model-kwargs", args.model_kwargs),
         ).to(accelerator.device)

@@ -67,7 +67,8 @@ from common import (
     start,
 )
 from report import report
-from supernet import FIXED, HASHED_IMAGES, Data, add_options, open_space, prepare, train
+from supernet import FIXED, Data, add_options, open_space, prepare, train
+from training import HASHED_IMAGES
 
 import timm_resnas
 from timm_resnas import Arch
@@ -105,6 +106,9 @@ RECHECKED = 20  # candidates ended by a first look that are scored in full, for 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument("--supernet", metavar="WHERE", help="a trained supernet: its folder, or hf-hub:owner/name")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read a supernet's pickled weights, too (weights_only)"
+    )
     group.add_argument(
         "--allow-leak", action="store_true", help="score on images that the supernet was trained on, if need be"
     )
@@ -160,7 +164,7 @@ def adopt(args: argparse.Namespace, run: Run) -> tuple[VitResNasSupernet, Data, 
         ValueError: No supernet is there, the data or the options do not fit it, or there are not enough images that
             it was not trained on.
     """
-    net = load(args.supernet)
+    net = load(args.supernet, allow_pickle=args.allow_pickle)
     if not isinstance(net, VitResNasSupernet):
         raise RunError(
             f"--supernet {args.supernet} is a {type(net).__name__}; expected a supernet, as recipes/supernet.py and "
@@ -180,8 +184,12 @@ def adopt(args: argparse.Namespace, run: Run) -> tuple[VitResNasSupernet, Data, 
     splits = load_splits(args.dataset)
     if splits.num_classes != net.num_classes:
         raise RunError(f"{args.dataset} has {splits.num_classes} classes, the supernet {net.num_classes}")
-    record = read_file(args.supernet, "training_data.json")
-    cutting = functools.partial(cut_unseen, args, splits, None if record is None else json.loads(record))
+    text = read_file(args.supernet, "training_data.json")
+    try:
+        record = None if text is None else json.loads(text)
+    except ValueError:
+        raise RunError(f"training_data.json of {args.supernet} is damaged: it is not JSON") from None
+    cutting = functools.partial(cut_unseen, args, splits, record)
     train_indices, val, note = run.once("data.json", cutting)
     return net, Data(splits, space, train_indices, val, timm.data.resolve_model_data_config(net)), note
 
@@ -217,7 +225,7 @@ def cut_unseen(
 
 def make_budget(args: argparse.Namespace, space: SearchSpace, table: LatencyTable | None) -> Budget | None:
     """The budget that the options name; shares are of the largest network."""
-    text = args.budget or ("none" if args.search == "pareto" else "macs=20%")
+    text = args.budget
     if text == "none":
         return None
     if "latency" in text and table is None:
@@ -300,7 +308,8 @@ def run_search(args: argparse.Namespace, search: Search, evaluator: Evaluator, r
     each = 0.0  # seconds per candidate, of the last generation
     while not search.done:
         batch = search.ask()
-        if search.generation and clock.over(extra=each * len(batch)):
+        late = [search.generation > 0 and clock.over(extra=each * len(batch))]
+        if any(late if evaluator.world == 1 else evaluator.gather(late)):  # clocks differ, the answer must not
             done = f"{search.generation} of {search.generations} generations"
             return f"--max-minutes {args.max_minutes:g}: ended after {done}"
         begin = clock.seconds()
@@ -513,6 +522,8 @@ def main(argv: list[str] | None = None) -> None:
         clock = Clock(args.max_minutes)
         if args.supernet is None and args.space is None:
             args.space = "micro"
+        if args.budget is None:
+            args.budget = "none" if args.search == "pareto" else "macs=20%"
         accelerator = start(args)
         named = args.space or Path(args.supernet.rstrip("/")).name
         run = Run(args, accelerator, f"{dataset_name(args.dataset)}-{Path(named).stem}", FIXED + SEARCH_FIXED)

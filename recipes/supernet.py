@@ -33,8 +33,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +42,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, gather_object
 from common import (
     Clock,
     HelpFormatter,
@@ -63,24 +61,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from training import (
+    HASHED_IMAGES,
+    Checkpoints,
+    add_augmentation_options,
+    agree,
+    augmentation,
+    check_weights,
+    cut_validation,
+    diverged,
+    make_schedule,
+    pair,
+)
 
 from timm_resnas import Arch
 from timm_resnas.data import (
     EvalBatches,
     Splits,
     TokenMix,
-    check_leak,
     content_hashes,
-    default_augment,
     default_data_config,
     eval_batches,
     eval_transform,
     load_splits,
-    repeated,
-    split_search_val,
     train_loader,
     train_transform,
     training_record,
@@ -93,7 +97,6 @@ from timm_resnas.nas.space import SearchSpace
 from timm_resnas.nas.supernet import MODES, VitResNasSupernet
 from timm_resnas.tasks import SupernetTask, TokenLabelLoss
 
-HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
 CHECK_STEPS = 50  # how often processes agree on the loss and on whether a checkpoint is due
 SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
 
@@ -102,7 +105,8 @@ FIXED = [
     *("seed", "amp", "dataset", "img_size", "val_per_class", "val_fraction", "batch_size", "space", "epochs"),
     *("num_archs", "arch_warmup_epochs", "lr", "min_lr", "warmup_epochs", "weight_decay", "drop_path", "smoothing"),
     *("sampler", "mode", "accumulate", "warmup_lr", "clip_grad", "decay_pos_embed", "sync_bn"),
-    *("scale", "hflip", "color_jitter", "aa", "reprob", "token_labeling", "patch_weight"),
+    *("scale", "ratio", "shift", "hflip", "vflip", "color_jitter", "aa", "reprob", "remode"),
+    *("token_labeling", "patch_weight"),
 ]
 
 
@@ -120,12 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, default=1 / 3, help="the same for classes of under 5 times as many"
     )
     group.add_argument("--workers", type=int, default=0, help="data loading processes")
-    group = parser.add_argument_group("augmentation (timm's names; what is not given suits the data)")
-    group.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of the random crop")
-    group.add_argument("--hflip", type=float, metavar="P", help="probability of a horizontal flip")
-    group.add_argument("--color-jitter", type=float, metavar="X", help="strength; without effect beside --aa")
-    group.add_argument("--aa", metavar="NAME", help="auto-augment, such as rand-m9-mstd0.5-inc1")
-    group.add_argument("--reprob", type=float, metavar="P", help="probability of random erasing")
+    add_augmentation_options(parser)
     group = parser.add_argument_group("supernet")
     group.add_argument(
         "--space",
@@ -196,7 +195,8 @@ def check_groups(args: argparse.Namespace, world: int) -> None:
     Raises:
         RunError: They do not.
     """
-    for name, low in (("epochs", 1), ("num_archs", 1), ("accumulate", 1), ("eval_every", 1), ("checkpoint_steps", 0)):
+    least = dict(epochs=1, num_archs=1, accumulate=1, eval_every=1, checkpoint_steps=0, val_per_class=1)
+    for name, low in least.items():
         if getattr(args, name) < low:
             raise RunError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if args.num_archs % (world * args.accumulate):
@@ -245,14 +245,12 @@ def prepare(args: argparse.Namespace, run: Run) -> Data:
     space = open_space(args.space)
     make_sampler(args, space)
     TokenLabelLoss(patch_weight=args.patch_weight)
-    size = space.model_args["img_size"] if args.img_size is None else args.img_size
-    if isinstance(size, list):
-        if len(size) > 2:
-            raise RunError(f"--img-size takes one side, or height and width; got {size}")
-        size = size[0] if len(size) == 1 else tuple(size)
+    size = pair(args.img_size) or space.model_args["img_size"]
+    if isinstance(size, tuple) and size[0] == size[1]:
+        size = size[0]
     space.largest.grids(size, space.model_args["patch_size"])
     splits = load_splits(args.dataset)
-    train, val = run.once("data.json", lambda: cut(args, splits))
+    train, val = run.once("data.json", lambda: cut_validation(splits, args.val_per_class, args.val_fraction, args.seed))
     if len(train) + len(val) != len(splits.train):
         raise RunError(f"{args.dataset} is not what {run.folder} was started with; give this run another --name")
     if len(train) < args.batch_size:
@@ -261,19 +259,6 @@ def prepare(args: argparse.Namespace, run: Run) -> Data:
         )
     config = default_data_config(splits, size, indices=train)
     return Data(splits, space.with_model_args(img_size=size, num_classes=splits.num_classes), train, val, config)
-
-
-def cut(args: argparse.Namespace, splits: Splits) -> tuple[list[int], list[int]]:
-    """Indices to train on and to score on. Pictures that are in the data twice are not scored on."""
-    # reading every image of a large set takes hours; its pictures are compared where that is asked for
-    small = len(splits.train) + len(splits.test) <= HASHED_IMAGES
-    avoid = repeated(content_hashes(splits.train), content_hashes(splits.test)) if small else None
-    train, val = split_search_val(
-        splits.train, per_class=args.val_per_class, fraction=args.val_fraction, seed=args.seed, avoid=avoid
-    )
-    if small:
-        check_leak(splits.train, train, val, splits.test)
-    return train, val
 
 
 def build(args: argparse.Namespace, data: Data) -> VitResNasSupernet:
@@ -316,14 +301,6 @@ def make_sampler(args: argparse.Namespace, space: SearchSpace) -> MultiArchSampl
     return SAMPLERS[args.sampler](space, args.num_archs, args.seed, args.arch_warmup_epochs)
 
 
-def augmentation(args: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """Arguments of `train_transform`: what suits the data, and what the options say."""
-    names = {"scale": "scale", "hflip": "hflip", "color_jitter": "color_jitter", "aa": "auto_augment"}
-    names["reprob"] = "re_prob"
-    given = {theirs: getattr(args, ours) for ours, theirs in names.items() if getattr(args, ours) is not None}
-    return {**default_augment(data.splits, tuple(data.config["input_size"][1:])), **given}
-
-
 def make_optimizer(args: argparse.Namespace, net: VitResNasSupernet) -> torch.optim.Optimizer:
     """AdamW; weight decay as the options say."""
     groups = None
@@ -333,22 +310,6 @@ def make_optimizer(args: argparse.Namespace, net: VitResNasSupernet) -> torch.op
             param_groups_weight_decay, weight_decay=args.weight_decay, no_weight_decay_list=spared
         )
     return create_optimizer_v2(net, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, param_group_fn=groups)
-
-
-def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    """Linear warm-up, then what is left of a cosine over all epochs; set at each of an epoch's ``steps``."""
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
-    return schedule
 
 
 def make_task(args: argparse.Namespace, net: VitResNasSupernet) -> tuple[SupernetTask, TokenMix | None]:
@@ -374,7 +335,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
 
     loader = train_loader(
         data.splits.train.select(data.train),
-        train_transform(data.config, **augmentation(args, data)),
+        train_transform(data.config, **augmentation(args, data.splits, tuple(data.config["input_size"][1:]))),
         args.batch_size,
         seed=args.seed,
         num_workers=args.workers,
@@ -389,7 +350,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
     schedule = make_schedule(args, optimizer, len(loader))
     task, mix = make_task(args, net)
     task.trainable_module, optimizer = accelerator.prepare(net, optimizer)
-    position = resume(accelerator, run, net, optimizer)
+    checkpoints = Checkpoints(accelerator, run)
+    position = resume(accelerator, checkpoints, net, optimizer)
     if run.is_main:  # a kill may have come between a record and its checkpoint
         write_jsonl(run / "training.jsonl", [r for r in records_of(run) if r["step"] <= position.step])
 
@@ -441,7 +403,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
                     shown = ", ".join(f"{name} {value:.3f}" for name, value in record["accuracy"].items())
                     run.say(f"  epoch {epoch + 1:3}  loss {record['loss']:.3f}  {shown}  left {format_minutes(left)}")
                 if position.step < total and (ended or due or late):
-                    save_checkpoint(accelerator, run, net, optimizer, position)
+                    save_checkpoint(accelerator, checkpoints, net, optimizer, position)
                     saved = clock.seconds()
     check_weights(net, position.step)
     if accelerator.is_main_process:
@@ -484,17 +446,6 @@ def backward(
             accelerator.backward(loss)
         total += loss.detach()
     return total
-
-
-def agree(accelerator: Accelerator, losses: list[torch.Tensor], late: bool) -> tuple[float, bool]:
-    """The mean loss over processes and steps, and whether the clock of one of them says that it is late."""
-    both = torch.stack([torch.stack(losses).float().mean(), losses[0].new_tensor(late, dtype=torch.float32)])
-    loss, late = accelerator.reduce(both, "mean").tolist()
-    return loss, late > 0
-
-
-def diverged(what: str, step: int) -> str:
-    return f"{what} at step {step}; start another run (--name) with a lower --lr, --clip-grad 1, or --amp bf16 or no"
 
 
 def records_of(run: Run) -> list[dict[str, Any]]:
@@ -571,74 +522,36 @@ def evaluate(
 
 
 def save_checkpoint(
-    accelerator: Accelerator, run: Run, net: VitResNasSupernet, optimizer: torch.optim.Optimizer, position: Position
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    net: VitResNasSupernet,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
 ) -> None:
-    """Save everything that going on needs; the file gets its name when it is whole. The last two are kept.
-
-    One file of tensors and numbers, which any number of processes can go on from.
+    """Save everything that going on needs.
 
     Raises:
         RunError: A weight is not finite.
     """
     check_weights(net, position.step)
-    if not accelerator.is_main_process:
-        return
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "position": asdict(position)}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
-    folder = run.state / "training"
-    folder.mkdir(exist_ok=True)
-    fresh = folder / "unfinished"
-    with fresh.open("wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    fresh.replace(folder / f"step-{position.step:09}.pt")
-    for old in sorted(folder.glob("step-*.pt"))[:-2]:
-        old.unlink()
+    checkpoints.save(position.step, state)
 
 
-def check_weights(net: VitResNasSupernet, step: int) -> None:
-    norms = torch.stack([p.detach().float().norm() for p in net.parameters()])
-    if not torch.isfinite(norms).all():
-        raise RunError(diverged("weights are not finite", step))
-
-
-def resume(accelerator: Accelerator, run: Run, net: VitResNasSupernet, optimizer: torch.optim.Optimizer) -> Position:
-    """Restore the newest checkpoint that is whole; a damaged one is reported and removed."""
-    found = [None]
-    if accelerator.is_main_process:
-        for path in sorted((run.state / "training").glob("step-*.pt"), reverse=True):
-            try:
-                read_checkpoint(path)
-            except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
-                run.say(f"note: {path} is damaged ({str(e).splitlines()[0]:.80}); going on from the one before")
-                path.unlink()
-                continue
-            found = [str(path)]
-            break
-    path = broadcast_object_list(found)[0]
-    if path is None:
+def resume(
+    accelerator: Accelerator, checkpoints: Checkpoints, net: VitResNasSupernet, optimizer: torch.optim.Optimizer
+) -> Position:
+    """Restore the newest checkpoint."""
+    state = checkpoints.newest()
+    if state is None:
         return Position()
-    state, position = read_checkpoint(Path(path))
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return position
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], Position]:
-    """What `save_checkpoint` wrote.
-
-    Raises:
-        ValueError: It holds another step than its name says; anything that `torch.load` raises when it is cut short.
-    """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    position = Position(**state["position"])
-    if path.name != f"step-{position.step:09}.pt":
-        raise ValueError(f"it holds step {position.step}")
-    return state, position
+    return Position(**state["position"])
 
 
 def load_weights(net: VitResNasSupernet, folder: Path) -> None:

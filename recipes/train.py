@@ -89,17 +89,19 @@ from training import (
 import timm_resnas
 from timm_resnas.data import (
     EvalBatches,
+    MultiScaleLoader,
     Splits,
+    TokenMix,
     TrainLoader,
     default_data_config,
     eval_batches,
     eval_transform,
     load_splits,
+    multiscale_loader,
+    stream_loader,
     train_loader,
     train_transform,
 )
-from timm_resnas.data.mix import TokenMix
-from timm_resnas.data.multiscale import MultiScaleLoader, multiscale_loader
 from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
 from timm_resnas.tasks import MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
@@ -111,7 +113,7 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant")
 # Options that do not decide the weights; a run with other values of all others needs another folder.
 FREE = {
     *("config", "output", "name", "cpu", "threads", "log_with", "workers", "keep"),
-    *("checkpoint_minutes", "checkpoint_steps"),
+    *("checkpoint_minutes", "checkpoint_steps", "allow_pickle"),
 }
 
 
@@ -147,6 +149,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--val-fraction", type=float, default=0.1, help="the same for classes of under 5 times as many images"
     )
+    group.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="read the training part of hf:<id> while it is trained on, without storing it (with --val-per-class 0)",
+    )
+    group.add_argument("--num-train", type=int, metavar="N", help="images of a stream that does not say how many")
     group.add_argument("--crop-pct", type=float, metavar="X", help="centre crop at evaluation, of the resized image")
     group.add_argument("--crop-mode", choices=["center", "squash", "border"], help="how an image becomes that crop")
     group.add_argument("--interpolation", choices=["bilinear", "bicubic"], help="of resizing")
@@ -280,6 +289,9 @@ def check_options(args: argparse.Namespace, world: int) -> None:
         raise RunError("--teacher and --mix token do not go together; take --mix mixup or none")
     if args.recursions and (args.teacher is not None or args.mix == "token"):
         raise RunError("--recursions goes neither with --teacher nor with --mix token")
+    if args.streaming and (args.val_per_class or args.multi_scale):
+        other = "--val-per-class 0: no validation images can be cut from it" if args.val_per_class else "one image size"
+        raise RunError(f"--streaming reads the training part once an epoch, in order; it needs {other}")
     if args.multi_scale and args.mix == "token":
         raise RunError("--multi-scale does not go with --mix token, whose models have one image size")
 
@@ -296,9 +308,13 @@ class Data(NamedTuple):
     """What a run trains on and chooses by."""
 
     splits: Splits
-    train: list[int]  # indices into splits.train
+    train: list[int] | None  # indices into splits.train; None: a stream, all of it
     val: list[int]
     config: dict[str, Any]  # timm's data_config
+
+    @property
+    def num_train(self) -> int:
+        return self.splits.num_train if self.train is None else len(self.train)
 
 
 def prepare(args: argparse.Namespace, run: Run) -> tuple[nn.Module, Data]:
@@ -307,14 +323,20 @@ def prepare(args: argparse.Namespace, run: Run) -> tuple[nn.Module, Data]:
     Raises:
         ValueError: Data, model or image size cannot be used; the message says what would be right.
     """
-    splits = load_splits(args.dataset)
-    train, val = run.once("data.json", lambda: cut_validation(splits, args.val_per_class, args.val_fraction, args.seed))
-    if len(train) + len(val) != len(splits.train):
-        raise RunError(f"{args.dataset} is not what {run.folder} was started with; give this run another --name")
-    if len(train) < args.batch_size:
-        raise RunError(
-            f"--batch-size {args.batch_size} is more than the {len(train)} training images of {args.dataset}"
+    train: list[int] | None = None
+    val: list[int] = []
+    if args.streaming:
+        splits = load_splits(args.dataset, streaming=True, num_train=args.num_train)
+    else:
+        splits = load_splits(args.dataset)
+        train, val = run.once(
+            "data.json", lambda: cut_validation(splits, args.val_per_class, args.val_fraction, args.seed)
         )
+        if len(train) + len(val) != len(splits.train):
+            raise RunError(f"{args.dataset} is not what {run.folder} was started with; give this run another --name")
+    num_train = splits.num_train if train is None else len(train)
+    if num_train < args.batch_size:
+        raise RunError(f"--batch-size {args.batch_size} is more than the {num_train} training images of {args.dataset}")
     model = build(args, splits.num_classes)
     config = data_config(args, splits, train, model)
     if args.multi_scale and model.pretrained_cfg.get("fixed_input_size"):
@@ -337,6 +359,7 @@ def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
         args.model,
         pretrained=args.pretrained,
         pretrained_path=args.pretrained_path,
+        allow_pickle=args.allow_pickle,
         num_classes=num_classes,
         img_size=pair(args.img_size),
         kwargs=kwargs,
@@ -346,7 +369,7 @@ def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
-def data_config(args: argparse.Namespace, splits: Splits, train: list[int], model: nn.Module) -> dict[str, Any]:
+def data_config(args: argparse.Namespace, splits: Splits, train: list[int] | None, model: nn.Module) -> dict[str, Any]:
     """Preprocessing: the model's own; that of the data for small grey images and a model without weights."""
     in_chans, *size = model.pretrained_cfg["input_size"]
     in_chans = getattr(model, "in_chans", in_chans)
@@ -397,6 +420,7 @@ def make_teacher(args: argparse.Namespace, data: Data) -> nn.Module:
         args.teacher,
         pretrained=True,
         pretrained_path=args.teacher_path,
+        allow_pickle=args.allow_pickle,
         img_size=tuple(data.config["input_size"][1:]),
     )
     if teacher.num_classes != data.splits.num_classes:
@@ -460,10 +484,12 @@ def make_loader(args: argparse.Namespace, accelerator: Accelerator, data: Data) 
         world=accelerator.num_processes,
         device=accelerator.device,
     )
-    images = data.splits.train.select(data.train)
     if not args.multi_scale:
         transform = train_transform(data.config, **augmentation(args, data.splits, size))
-        return train_loader(images, transform, args.batch_size, **given)
+        if data.train is None:
+            return stream_loader(data.splits.train, transform, args.batch_size, num_images=data.num_train, **given)
+        return train_loader(data.splits.train.select(data.train), transform, args.batch_size, **given)
+    images = data.splits.train.select(data.train)
     transforms = []
     for side in args.multi_scale:
         config = {**data.config, "input_size": [data.config["input_size"][0], side, side]}
@@ -791,7 +817,7 @@ def finish(training: Training) -> dict[str, Any]:
         "macs": count_macs(best, tuple(data.config["input_size"])),
         "input_size": data.config["input_size"],
         "dataset": args.dataset,
-        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.splits.test)},
+        "images": {"train": data.num_train, "val": len(data.val), "test": len(data.splits.test)},
         "seed": args.seed,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
@@ -855,7 +881,7 @@ def main(argv: list[str] | None = None) -> None:
         macs = count_macs(model, tuple(data.config["input_size"]))
         run.say(
             f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:,.1f} MMACs at "
-            f"{data.config['input_size'][1]} x {data.config['input_size'][2]}; {len(data.train)} images to train on, "
+            f"{data.config['input_size'][1]} x {data.config['input_size'][2]}; {data.num_train} images to train on, "
             f"{len(data.val)} to choose weights by, {len(data.splits.test)} to test\n"
             f"{args.epochs} epochs of {training.steps} steps of {args.batch_size} images, learning rate up to "
             f"{learning_rate(args):g}{scaled}"

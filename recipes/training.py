@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.data import Splits, check_leak, content_hashes, default_augment, repeated, split_search_val
+from timm_resnas.hub import HubError, fetch
 
 __all__ = [
     "Checkpoints",
@@ -57,6 +58,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--model-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the model, such as in_chans=1"
     )
     group.add_argument("--pretrained-path", metavar="FILE", help="weights from this file, as if they were its own")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read a folder's or repository's pickled weights (weights_only)"
+    )
     group.add_argument(
         "--img-size", type=int, nargs="+", metavar="N", help="side, or height and width (default: the model's)"
     )
@@ -166,8 +170,11 @@ def open_model(
     num_classes: int | None = None,
     img_size: tuple[int, int] | None = None,
     kwargs: dict[str, Any] | None = None,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """A model by name or folder, for these classes and this image size.
+
+    What comes from a folder or the Hub is checked before it is built, see `timm_resnas.hub.load`.
 
     Where the size is not the weights' own, position embeddings are resampled as they are loaded; a classifier for
     another number of classes starts anew.
@@ -179,6 +186,7 @@ def open_model(
         num_classes: Default: the model's own.
         img_size: (height, width); only given to models that are built for one size.
         kwargs: Further arguments of the model.
+        allow_pickle: Read pickled weights, too, where a folder or repository has no safetensors.
 
     Raises:
         RunError: The model cannot be built or its weights cannot be loaded; the message says why.
@@ -190,13 +198,16 @@ def open_model(
         raise RunError(f"{pretrained_path}: there is no such file of weights")
     overlay = None
     try:
+        if ":" in source:
+            weights = pretrained and pretrained_path is None
+            source = f"local-dir:{fetch(source, weights=weights, allow_pickle=allow_pickle)}"
         resolved = resolve_model_input_args(source, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if pretrained_path is not None:
             overlay = dict(file=pretrained_path, source="", **classes_in(pretrained_path, resolved["pretrained_cfg"]))
         return timm.create_model(
             pretrained=pretrained or pretrained_path is not None, pretrained_cfg_overlay=overlay, **resolved
         )
-    except RunError:
+    except (RunError, HubError):
         raise
     except (
         *(TypeError, RuntimeError, KeyError, AssertionError, ValueError, OSError),

@@ -1,6 +1,7 @@
 """Fixtures of several test files."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,3 +22,13 @@ def golden() -> Callable[[str], Path]:
         return file
 
     return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Recipes that run in the test's own process each start Accelerate anew."""
+    yield
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.PartialState._reset_state()

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from common import RunError
 from nursery import Nursery
 from PIL import Image
@@ -19,13 +18,6 @@ from timm.data import ImageNetInfo
 from timm_resnas.hub import save_pretrained
 
 TINY = "((0,16),(1,(16,2,8),(16,32),1),(3,16,24),(1,(24,2,12),(24,48),1),(2,24,10))"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="module")

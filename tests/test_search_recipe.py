@@ -1,7 +1,9 @@
 """The main job, run as a user runs it, with sizes that take seconds."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import search
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from nursery import Nursery
 from PIL import Image
 
 from timm_resnas import Arch
@@ -26,13 +28,6 @@ QUICK = [
     *("--arch-warmup-epochs", "0", "--iterations", "3", "--parents", "4", "--mutations", "2", "--crossovers", "2"),
     *("--num-random", "3", "--num-spread", "3"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 def run(tmp_path, *options, name="run"):
@@ -265,62 +260,55 @@ def test_max_minutes_ends_in_good_order(tmp_path, capsys):
 SEARCH = [*QUICK[:3], *QUICK[QUICK.index("--iterations") :], "--population", "12"]
 
 
-def launch(supernet, output, name, *options, processes=1):
-    """A search as a process of its own, or several."""
-    command = [sys.executable, str(ROOT / "recipes" / "search.py")]
-    if processes > 1:
-        launcher = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, command[1]]
-    options = [*SEARCH, "--supernet", str(supernet), "--output", str(output), "--name", name, *options]
-    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+@pytest.fixture(scope="module")
+def nursery(finished):
+    made = Nursery("search", [*SEARCH, "--supernet", str(finished[0] / "supernet")])
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
-def adopted(finished, tmp_path_factory):
+def adopted(nursery, tmp_path_factory):
     """A search with the supernet of another run."""
-    folder = tmp_path_factory.mktemp("adopted")
-    return folder / "run", ended(launch(finished[0] / "supernet", folder, "run"))
+    folder = tmp_path_factory.mktemp("adopted") / "run"
+    nursery.run(folder)
+    return folder
 
 
 def test_a_supernet_is_searched_on_images_that_it_has_not_seen(finished, adopted):
-    before, after = (json.loads((f / "state" / "data.json").read_text()) for f in (finished[0], adopted[0]))
+    before, after = (json.loads((f / "state" / "data.json").read_text()) for f in (finished[0], adopted))
     assert after == [*before, None]
-    assert "epoch" not in adopted[1] and not (adopted[0] / "training.jsonl").exists()
-    results = json.loads((adopted[0] / "results.json").read_text())
+    assert "epoch" not in Path(f"{adopted}.log").read_text() and not (adopted / "training.jsonl").exists()
+    results = json.loads((adopted / "results.json").read_text())
     assert results["leak"] is None and results["supernet"] == str(finished[0] / "supernet")
     assert results["largest"]["score"] == json.loads((finished[0] / "results.json").read_text())["largest"]["score"]
-    with Image.open(adopted[0] / "choices.png") as image:
+    with Image.open(adopted / "choices.png") as image:
         assert image.size[0] > 500
 
 
-def test_two_processes_have_the_history_of_one(finished, adopted, tmp_path):
-    ended(launch(finished[0] / "supernet", tmp_path, "two", processes=2))
-    assert without_seconds(tmp_path / "two") == without_seconds(adopted[0])
+def test_two_processes_have_the_history_of_one(nursery, adopted, tmp_path):
+    nursery.run_two(tmp_path / "two")
+    assert without_seconds(tmp_path / "two") == without_seconds(adopted)
     scored = [len(read_jsonl(f)) for f in sorted((tmp_path / "two" / "state").glob("scores-*.jsonl"))]
     assert len(scored) == 2 and min(scored) > 0
-    assert sum(scored) == len(read_jsonl(adopted[0] / "state" / "scores-0.jsonl"))  # none twice
+    assert sum(scored) == len(read_jsonl(adopted / "state" / "scores-0.jsonl"))  # none twice
     assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("kills", [(1, 9, 15)])
-def test_killed_and_resumed_searches_have_the_history_of_an_unbroken_one(finished, adopted, tmp_path, kills):
-    scores = tmp_path / "killed" / "state" / "scores-0.jsonl"
-    for count in kills:
-        process = launch(finished[0] / "supernet", tmp_path, "killed")
-        while process.poll() is None and not (scores.exists() and scores.read_bytes().count(b"\n") >= count):
+def test_killed_and_resumed_searches_have_the_history_of_an_unbroken_one(nursery, adopted, tmp_path):
+    folder = tmp_path / "killed"
+    scores = folder / "state" / "scores-0.jsonl"
+    for count in (1, 9, 15):
+        pid = nursery.start(folder)
+        while not (scores.exists() and scores.read_bytes().count(b"\n") >= count):
+            os.kill(pid, 0)  # it runs
             time.sleep(0.001)
-        process.kill()
-        process.communicate()
+        os.kill(pid, signal.SIGKILL)
+        nursery.wait(pid)
         with scores.open("a") as f:
             f.write('{"key": "half a li')
-    ended(launch(finished[0] / "supernet", tmp_path, "killed"))
-    assert without_seconds(tmp_path / "killed") == without_seconds(adopted[0])
+    nursery.run(folder)
+    assert without_seconds(folder) == without_seconds(adopted)
     scored = [r["key"] for r in read_jsonl(scores)]
     assert len(scored) == len(set(scored))
 

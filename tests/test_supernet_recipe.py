@@ -7,9 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +15,8 @@ import supernet
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from common import HelpFormatter, Run, RunError, add_run_options, parse, start
+from nursery import Nursery, checkpoints, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,89 +32,11 @@ QUICK = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-
-
-# A process that has imported the recipe and forks one that runs it, for each line of options that it reads.
-NURSERY = """
-import json, os, sys, traceback
-sys.path.insert(0, sys.argv[1])
-import matplotlib.backends.backend_agg, supernet
-supernet.load_splits("digits")  # imports what it needs
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        status = os.waitpid(job["wait"], 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    os.environ.update(job["env"])
-    log = os.open(job["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    code = 0
-    try:
-        supernet.main(job["argv"])
-    except SystemExit as e:
-        code = e.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code or 0)
-"""
-
-
-class Nursery:
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, str(RECIPES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, **job):
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, folder, *options, **env):
-        argv = [*QUICK, "--output", str(folder.parent), "--name", folder.name, *options]
-        return self.ask(argv=argv, env=env, log=f"{folder}.log")
-
-    def start_two(self, folder, *options):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        common["GLOO_SOCKET_IFNAME"] = "lo"
-        return [self.start(folder, *options, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
-
-    def wait(self, pid):
-        return self.ask(wait=pid)
-
-    def run(self, folder, *options):
-        assert self.wait(self.start(folder, *options)) == 0, Path(f"{folder}.log").read_text()
-
-    def run_two(self, folder, *options):
-        assert [self.wait(p) for p in self.start_two(folder, *options)] == [0, 0], Path(f"{folder}.log").read_text()
-
-
 @pytest.fixture(scope="module")
 def nursery():
-    made = Nursery()
+    made = Nursery("supernet", QUICK)
     yield made
-    made.process.stdin.close()
-    made.process.stdout.close()
-    made.process.wait()
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +60,6 @@ def assert_equal_runs(one, other):
     assert first.keys() == second.keys()
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     assert records(one) == records(other)
-
-
-def checkpoints(folder):
-    return sorted((folder / "state" / "training").glob("step-*.pt"))
-
-
-def wait_for_step(folder, step, pid):
-    """Until a checkpoint of this step or a later one is there."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        found = checkpoints(folder)
-        if found and int(found[-1].stem[5:]) >= step:
-            return
-        os.kill(pid, 0)  # it runs
-        time.sleep(0.005)
-    raise TimeoutError(Path(f"{folder}.log").read_text())
 
 
 def test_what_a_run_leaves(straight):
@@ -223,12 +126,11 @@ def test_a_damaged_checkpoint_and_an_epochs_boundary(nursery, straight, tmp_path
 
 def test_a_checkpoint_under_another_name_is_not_trusted(tmp_path):
     path = tmp_path / "step-000000005.pt"
-    state = {"net": {}, "optimizer": {}, "position": {"step": 4, "loss_sum": 0.0, "loss_steps": 0, "seconds": 1.0}}
-    torch.save(state, path)
+    torch.save({"net": {}, "optimizer": {}, "step": 4}, path)
     with pytest.raises(ValueError, match="it holds step 4"):
-        supernet.read_checkpoint(path)
+        supernet.Checkpoints.read(path)
     path.rename(tmp_path / "step-000000004.pt")
-    assert supernet.read_checkpoint(tmp_path / "step-000000004.pt")[1] == supernet.Position(4, 0.0, 0, 1.0)
+    assert supernet.Checkpoints.read(tmp_path / "step-000000004.pt")["step"] == 4
 
 
 TWO = ["--epochs", "1", "--arch-warmup-epochs", "0", "--num-archs", "4", "--accumulate", "2"]
@@ -275,7 +177,8 @@ def test_all_processes_evaluate_the_weights_that_are_saved(straight_two, monkeyp
     with torch.no_grad():
         net.norm.bias[3] = torch.nan
     with pytest.raises(RunError, match="weights are not finite at step 5"):
-        supernet.save_checkpoint(accelerator, run, net, supernet.make_optimizer(args, net), supernet.Position(5))
+        kept = supernet.Checkpoints(accelerator, run)
+        supernet.save_checkpoint(accelerator, kept, net, supernet.make_optimizer(args, net), supernet.Position(5))
     assert not checkpoints(straight_two)
 
 
@@ -441,7 +344,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert "lower --lr" in error
     assert not (tmp_path / "run" / "supernet").exists()
     for path in checkpoints(tmp_path / "run"):
-        assert all(torch.isfinite(v).all() for v in supernet.read_checkpoint(path)[0]["net"].values())
+        assert all(torch.isfinite(v).all() for v in supernet.Checkpoints.read(path)["net"].values())
 
 
 @pytest.mark.parametrize(
@@ -452,7 +355,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
         (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
         (["--eval-every", "0"], "--eval-every must be at least 1"),
         (["--sampler", "sandwich", "--num-archs", "1"], "num_archs 1 is under 2"),
-        (["--aa", "rand-m9"], "shift takes the place of auto_augment"),
+        (["--aa", "rand-m9", "--shift", "2"], "shift takes the place of auto_augment"),
+        (["--val-per-class", "0"], "--val-per-class must be at least 1"),
         (["--patch-weight", "-1"], "patch_weight=-1.0: neither may be below 0"),
     ],
 )

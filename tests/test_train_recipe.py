@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 import train
 import training
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from common import RunError, parse
 from nursery import RECIPES, Nursery, checkpoints, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
+from test_stream import write
 from timm.data import resolve_model_data_config
 
 import timm_resnas  # noqa: F401  (registers the models)
@@ -44,13 +45,6 @@ QUICK = [
     *("--mix", "token", "--mix-off-epochs", "1", "--drop-path", "0.2", "--clip-grad", "1"),
     *("--ema", "--ema-decay", "0.8", "--warmup-epochs", "0.5"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -597,3 +591,37 @@ def test_other_options_need_another_folder(straight, capsys):
     with pytest.raises(SystemExit):
         train.main([*QUICK, "--output", str(straight.parent), "--name", straight.name, "--smoothing", "0.2"])
     assert "smoothing 0.1 (now 0.2)" in capsys.readouterr().err
+
+
+# -- streams and pickles ----------------------------------------------------------------------------------------------
+
+
+def test_training_from_a_stream(tmp_path):
+    folder = write(tmp_path / "repo", "train", [20] * 3)
+    write(tmp_path / "repo", "test", [9], start=100)
+    options = [*MODEL, TINY, "--dataset", f"hf:{folder}", "--streaming", "--num-train", "60", "--val-per-class", "0"]
+    options += ["--batch-size", "12", "--epochs", "2", "--output", str(tmp_path)]
+    for name in ("one", "two"):
+        train.main([*options, "--name", name])
+    found = results(tmp_path / "one")
+    assert found["images"] == {"train": 60, "val": 0, "test": 9} and found["chosen"]["by"] == "being the last"
+    assert records(tmp_path / "one")[-1]["step"] == 2 * 5
+    first, second = (weights(tmp_path / name / "best") for name in ("one", "two"))
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    with pytest.raises(SystemExit):
+        train.main([*options, "--val-per-class", "5", "--name", "three"])
+
+
+def test_pickled_weights_are_read_only_when_allowed(straight, tmp_path, capsys):
+    folder = tmp_path / "pickled"
+    shutil.copytree(straight / "best", folder)
+    torch.save(weights(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    options = ["--cpu", "--threads", "1", "--model", str(folder), "--pretrained", "--epochs", "1"]
+    options += ["--batch-size", "128", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        train.main([*options, "--name", "refused"])
+    assert "--allow-pickle" in capsys.readouterr().err
+    train.main([*options, "--name", "allowed", "--allow-pickle"])
+    key = "blocks.0.attn.qkv.weight"
+    assert torch.equal(weights(tmp_path / "allowed" / "best")[key], weights(straight / "best")[key])

@@ -32,7 +32,7 @@ from .checks import MAX_PARAMS, HubError, build_on_meta, check_finite, check_wei
 from .nas.supernet import VitResNasSupernet
 from .version import __version__
 
-__all__ = ["HubError", "Pushed", "load", "push", "read_file", "save_pretrained"]
+__all__ = ["HubError", "Pushed", "fetch", "load", "push", "read_file", "save_pretrained"]
 
 CONFIG, WEIGHTS, GOLDEN, CARD = "config.json", "model.safetensors", "test_tensors.safetensors", "README.md"
 EVIDENCE = "search"  # folder of a repository for what a run recorded
@@ -211,23 +211,8 @@ def load(
     if check and (changed := sorted(kwargs.keys() - {"device"})):
         raise HubError(f"check compares a model as it was saved; leave out {', '.join(changed)}")
     source = _source(name_or_folder, revision, token, cache_dir, endpoint)
-    config = read_config(source.file(CONFIG), f"{source}: {CONFIG}")
-    model = build_on_meta(config, max_params)
-    if source.has(WEIGHTS):
-        path = source.file(WEIGHTS, limit=_size_limit(model))
-        check_weights(path, config, model, f"{source}: {WEIGHTS}")
-    else:
-        pickled = [f for f in _PICKLES if source.has(f)]
-        if not pickled:
-            raise HubError(f"{source} holds no {WEIGHTS}")
-        if not allow_pickle:
-            raise HubError(
-                f"{source} holds no {WEIGHTS}, only {pickled[0]}, a pickle, which can run code; "
-                f"allow_pickle=True (--allow-pickle) reads it with torch's weights_only"
-            )
-        path = source.file(pickled[0], limit=_size_limit(model))
+    path = _fetch(source, allow_pickle, max_params)
     golden = source.file(GOLDEN, limit=1 << 28) if check else None
-    del model
     try:
         model = timm.create_model(f"local-dir:{path.parent}", pretrained=True, **kwargs)
     except (RuntimeError, ValueError, TypeError) as e:
@@ -236,6 +221,46 @@ def load(
     if golden is not None:
         check_golden(model, golden, f"{source}: {GOLDEN}")
     return model
+
+
+def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pickle: bool = False) -> Path:
+    """The local folder of a model, downloaded if need be, for ``timm.create_model('local-dir:<folder>')``.
+
+    Configuration and weights are checked as by `load`, except for numbers that are not finite.
+
+    Args:
+        name_or_folder: See `load`.
+        weights: Get the weights, too.
+        allow_pickle: See `load`.
+
+    Raises:
+        HubError: See `load`.
+    """
+    source = _source(name_or_folder, None, None, None, None)
+    if weights:
+        return _fetch(source, allow_pickle, MAX_PARAMS).parent
+    path = source.file(CONFIG)
+    build_on_meta(read_config(path, f"{source}: {CONFIG}"), MAX_PARAMS)
+    return path.parent
+
+
+def _fetch(source: "_Local | _Remote", allow_pickle: bool, max_params: int) -> Path:
+    """The file of a model's weights, beside its config.json; both checked."""
+    config = read_config(source.file(CONFIG), f"{source}: {CONFIG}")
+    model = build_on_meta(config, max_params)
+    if source.has(WEIGHTS):
+        path = source.file(WEIGHTS, limit=_size_limit(model))
+        check_weights(path, config, model, f"{source}: {WEIGHTS}")
+        return path
+    pickled = [f for f in _PICKLES if source.has(f)]
+    if not pickled:
+        raise HubError(f"{source} holds no {WEIGHTS}")
+    if not allow_pickle:
+        raise HubError(
+            f"{source} holds no {WEIGHTS}, only {pickled[0]}, a pickle, which can run code; "
+            f"allow_pickle=True (--allow-pickle) reads it with torch's weights_only"
+        )
+    return source.file(pickled[0], limit=_size_limit(model))
 
 
 def read_file(

@@ -6,6 +6,7 @@ Needs the extra `recipes` (`datasets`; scikit-learn for the embedded digits) onc
 from .images import DataError, Images
 from .loaders import EvalBatches, TrainLoader, eval_batches, train_loader
 from .mix import MixedBatch, TokenMix
+from .multiscale import MultiScaleLoader, multiscale_loader
 from .sources import Splits, load_splits
 from .splits import (
     check_leak,
@@ -33,6 +34,7 @@ __all__ = [
     "ImageTransform",
     "Images",
     "MixedBatch",
+    "MultiScaleLoader",
     "ShiftTransform",
     "Splits",
     "TokenMix",
@@ -46,6 +48,7 @@ __all__ = [
     "eval_transform",
     "find_leaks",
     "load_splits",
+    "multiscale_loader",
     "repeated",
     "split_search_val",
     "stream_loader",
