@@ -9,8 +9,6 @@ the mean of the sub-networks'. The arithmetic limit is the largest network's MAC
 sliced would gain over the largest if arithmetic were all that counts. Peak memory is what a step adds to what the
 network itself takes, each in a process of its own.
 
-    python recipes/benchmark.py inherited runs/digits-micro
-
     python recipes/benchmark.py search --space vit_resnas_tiny --images 256
 
 `search` times scoring the same candidates in three ways: our evaluator within a search; building each candidate anew,
@@ -21,6 +19,8 @@ a search spends outside of forward passes.
 
 `versus` compares searches with random search: on each finished run's supernet, budget and validation images, as many
 random networks of the budget are scored as the run had candidates; the winners of both meet on the test images.
+
+    python recipes/benchmark.py inherited runs/digits-micro
 
 `inherited` trains some networks of the space alone, from scratch, on as many images in total as the run's supernet
 saw, with its optimizer, schedule and augmentation, and compares their test accuracy with the inherited weights'.
@@ -183,7 +183,11 @@ def open_run(folder: Path) -> tuple[argparse.Namespace, recipe.Data, VitResNasSu
     train, val = json.loads((folder / "state" / "data.json").read_text(encoding="utf-8"))[:2]
     supernet = load(config.get("supernet") or folder / "supernet").eval()
     data_config = timm.data.resolve_model_data_config(supernet)
-    return options, recipe.Data(load_splits(options.dataset), supernet.space, train, val, data_config), supernet
+    space = supernet.space
+    if config.get("supernet") and config.get("space"):  # a part of the supernet's
+        model_args = space.model_args
+        space = recipe.open_space(config["space"]).with_model_args(**model_args)
+    return options, recipe.Data(load_splits(options.dataset), space, train, val, data_config), supernet
 
 
 def search(args: argparse.Namespace) -> None:
@@ -263,7 +267,8 @@ def versus(args: argparse.Namespace) -> None:
     for folder in args.run_folders:
         options, data, net = open_run(folder)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        budget = Budget.from_dict({k: v for k, v in results["budget"].items() if k != "asked"})
+        limits = {k: v for k, v in results["budget"].items() if k != "asked"}
+        budget = Budget.from_dict(limits) if limits else None
         history = read_jsonl(folder / "history.jsonl")
         random = RandomSearch(data.space, budget, options.seed, population=len(history), iterations=1)
         evaluator = Evaluator(net, recipe.val_batches(data, torch.device("cpu")))
@@ -276,7 +281,7 @@ def versus(args: argparse.Namespace) -> None:
             row += [record["score"] / len(data.val), test / results["test_images"]]
         rows.append(row)
         shown = " | ".join(f"{v:.4f}" for v in row)
-        print(f"| {folder.name} | {len(history)} and {len(archs)} | {budget} | {shown} |", flush=True)
+        print(f"| {folder.name} | {len(history)} and {len(archs)} | {budget or 'none'} | {shown} |", flush=True)
     means = " | ".join(
         f"{statistics.mean(c):.4f} ± {statistics.stdev(c) if len(c) > 1 else 0:.4f}" for c in zip(*rows, strict=True)
     )

@@ -147,14 +147,20 @@ def step_seed(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def main_guard(name: str):
-    """Turn expected errors into one message and exit status 2; only the first process speaks."""
+    """Turn expected errors into one message and exit status 2.
+
+    The first process speaks. Another one does so a little later: where all have the error, the launcher has ended it
+    by then.
+    """
     try:
         yield
     except (ValueError, ImportError, FileNotFoundError) as e:
         if os.environ.get("TIMM_RESNAS_DEBUG"):
             raise
-        if int(os.environ.get("RANK") or 0) == 0:
-            print(f"{name}: error: {e}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK") or 0)
+        if rank:
+            time.sleep(3)
+        print(f"{name}: error{f' in process {rank}' * bool(rank)}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues the run", file=sys.stderr, flush=True)

@@ -73,7 +73,8 @@ def collect(args: argparse.Namespace, scratch: Path) -> tuple[list[Item], Item |
         main.results, main.files = results_of_supernet(run, results), evidence(run, results, scratch, "training")
 
     if args.front != "no":
-        points = sorted((run / "pareto").glob("*/" + CONFIG), key=lambda p: int(p.parent.name))
+        points = [p for p in (run / "pareto").glob("*/" + CONFIG) if p.parent.name.isdecimal()]
+        points.sort(key=lambda p: int(p.parent.name))
         if not points:
             raise RunError(f"{run} holds no pareto/; --front is for the folder of a finished search")
         pictures = {k: v for k, v in main.files.items() if k.endswith("pareto.png")}
@@ -93,7 +94,20 @@ def collect(args: argparse.Namespace, scratch: Path) -> tuple[list[Item], Item |
 
 def read_results(run: Path) -> dict[str, Any]:
     path = run / "results.json"
-    return public(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise RunError(f"{path} is damaged: {e}") from None
+    clean = public(results)
+    if isinstance(results.get("command"), str):
+        try:
+            words = shlex.split(results["command"])
+        except ValueError:  # it was not quoted
+            words = results["command"].split()
+        clean["command"] = shlex.join(public(word) for word in words)
+    return clean
 
 
 def results_of_best(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -143,9 +157,6 @@ def evidence(run: Path, results: dict[str, Any], scratch: Path, prefix: str = ""
     names = ("pareto.png", "progress.png", "training.png", "history.jsonl", "training.jsonl")
     found = {f"{EVIDENCE}/{n}": run / n for n in names if (run / n).is_file() and n.startswith(prefix)}
     if results and not prefix:
-        command = results.get("command")
-        if isinstance(command, str):
-            results = {**results, "command": " ".join(public(word) for word in shlex.split(command))}
         path = scratch / "results.json"
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         found[f"{EVIDENCE}/results.json"] = path

@@ -120,6 +120,7 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
     if finalists := results.get("finalists"):
         lines += [
             f"- Measured end to end: {f['ms']:.4g} ms (predicted {f['predicted_ms']:.4g})"
+            + (", above the limit" if f["ms"] > results["budget"]["latency_ms"] else "")
             + (", the best" if f["key"] == results["best"]["key"] else ", not taken")
             for f in finalists
         ]
@@ -150,8 +151,8 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         f"# Search on {results['dataset']}, space {results['space']}",
         "",
         f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored "
-        f"with the supernet's weights on {results['val_images']} images "
-        + ("" if leak else "that were not trained on")
+        f"with the supernet's weights on {results['val_images']} images"
+        + ("" if leak else " that were not trained on")
         + f". The {results['test_images']} test images were used for this table only.",
         *(["", f"**Leak:** {leak}."] if leak else []),
         "",
@@ -203,7 +204,8 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         f"- command: `{results['command']}`",
         f"- supernet: {results.get('supernet') or 'trained by this run'}",
         f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
-        f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}",
+        f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
+        + (", since the run was last continued" if results.get("resumed") else ""),
         "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
         "",
     ]

@@ -19,7 +19,7 @@ A run's folder:
     history.jsonl          every candidate: network_def, costs, score (correct answers), generation, origin, seconds
     best/                  timm.create_model('local-dir:<run>/best', pretrained=True)
     pareto/<k>/            the same for each point of the front of accuracy against MACs, cheapest first
-    results.json, report.md, pareto.png, progress.png
+    results.json, report.md, pareto.png, progress.png, choices.png
     state/                 what going on after a kill needs
 
 Budgets are upper limits; the first-named one has a lower band, too: candidates cost between 0.975 of it and it
@@ -29,17 +29,19 @@ a table that `recipes/latency.py` measured on this device; what is called best i
 
 `--supernet` takes a folder or a Hub id of a supernet that was trained before, with its own space. Images that it was
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report
-says so). Started again with the same command, a run goes on where it was; the same seed gives the same history, on
-any number of processes.
+says so). Started again with the same command, a run goes on where it was; the same seed and supernet give the same
+history, on any number of processes.
 
 Errors: an unknown space or dataset, an image size that the total stride does not divide, a budget that the space
 cannot meet, classes with too few images, a supernet of other classes; each is said before anything is trained.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -91,7 +93,7 @@ from timm_resnas.nas.evolution import EvolutionSearch, RandomSearch, Search, pla
 from timm_resnas.nas.jsonl import write_jsonl
 from timm_resnas.nas.latency import LatencyTable, measure_network
 from timm_resnas.nas.pareto import ParetoSearch
-from timm_resnas.nas.space import SearchSpace
+from timm_resnas.nas.space import BudgetError, SearchSpace
 from timm_resnas.nas.supernet import VitResNasSupernet
 
 # Options that decide the history, beside those of the supernet.
@@ -187,10 +189,12 @@ def adopt(args: argparse.Namespace, run: Run) -> tuple[VitResNasSupernet, Data, 
     text = read_file(args.supernet, "training_data.json")
     try:
         record = None if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RunError(f"training_data.json of {args.supernet} is damaged: it is not JSON") from None
     cutting = functools.partial(cut_unseen, args, splits, record)
     train_indices, val, note = run.once("data.json", cutting)
+    if len(train_indices) + len(val) != len(splits.train):
+        raise RunError(f"{args.dataset} is not what {run.folder} was started with; give this run another --name")
     return net, Data(splits, space, train_indices, val, timm.data.resolve_model_data_config(net)), note
 
 
@@ -199,24 +203,32 @@ def cut_unseen(
 ) -> tuple[list[int], list[int], str | None]:
     """Training indices that are left, those to score on, and what is to be said of leaks."""
     small = len(splits.train) + len(splits.test) <= HASHED_IMAGES
-    hashes = content_hashes(splits.train) if small else None
-    tested = repeated(hashes, content_hashes(splits.test)) if small else [False] * len(splits.train)
+    hashes, test_hashes = (content_hashes(s) if small else None for s in (splits.train, splits.test))
+    tested = repeated(hashes, test_hashes) if small else [False] * len(splits.train)
     seen = [False] * len(splits.train) if record is None else trained_on(record, splits.train, hashes)
-    avoid = tested if args.allow_leak else [a or b for a, b in zip(tested, seen, strict=True)]
     sizes = {"per_class": args.val_per_class, "fraction": args.val_fraction, "seed": args.seed}
     try:
+        avoid = [a or b for a, b in zip(tested, seen, strict=True)]
         train_indices, val = split_search_val(splits.train, **sizes, avoid=avoid)
     except ValueError as e:
-        if args.allow_leak or not any(seen):
+        if not any(seen):
             raise
-        raise RunError(
-            f"{sum(seen)} of the {len(seen)} images of {args.dataset} were trained on by {args.supernet}: {e}. Search "
-            f"with the --val-per-class and --val-fraction that it was trained with, or --allow-leak"
-        ) from None
+        if not args.allow_leak:
+            raise RunError(
+                f"{sum(seen)} of the {len(seen)} images of {args.dataset} were trained on by {args.supernet}: {e}. "
+                f"Search with the --val-per-class and --val-fraction that it was trained with, or --allow-leak"
+            ) from None
+        train_indices, val = split_search_val(splits.train, **sizes, avoid=tested)
     leaked = sum(seen[i] for i in val)
     note = f"{leaked} of the {len(val)} images that candidates are scored on were trained on" if leaked else None
     if record is None:
         note = "the supernet does not say which images it was trained on, so a leak cannot be ruled out"
+    elif not any(seen) and (hashes is None or record["hashes"] is None):  # other data, and too much to compare it
+        note = "the supernet was trained on other data that was not compared by content, so a leak cannot be ruled out"
+    known = set((record or {}).get("hashes") or ())
+    if tests := sum(h[:16] in known for h in test_hashes or ()):
+        seen_tests = f"the supernet was trained on {tests} of the {len(splits.test)} test images"
+        note = f"{note}; {seen_tests}" if note else seen_tests
     return train_indices, val, note
 
 
@@ -249,6 +261,8 @@ def make_search(
         raise RunError(f"--first-look must be at least 0 and below 1, got {args.first_look:g}")
     if args.first_look and args.search != "evolution":
         raise RunError("--first-look needs --search evolution: it asks whether a candidate may still become a parent")
+    if min(args.num_random, args.num_spread) < 0:
+        raise RunError(f"--num-random and --num-spread must be at least 0, got {args.num_random}, {args.num_spread}")
     sizes = {k: getattr(args, k) for k in ("population", "iterations", "mutations", "crossovers")}
     sizes["extra_costs"] = table and table.costs
     if args.search == "random":
@@ -330,7 +344,7 @@ def run_search(args: argparse.Namespace, search: Search, evaluator: Evaluator, r
             write_jsonl(run / "history.jsonl", search.history)
         left = each * (search.generations - search.generation) * search.batch
         if pareto:
-            middle = search.hypervolumes[-1]
+            middle = search.hypervolume()
         else:
             middle = np.mean(sorted((r["score"] for r in search.history), reverse=True)[: args.parents]) / images
         run.say(
@@ -362,7 +376,7 @@ def choose(search: Search, table: LatencyTable | None, run: Run) -> tuple[dict[s
     Where none of the first `FINALISTS` does, the fastest of them.
     """
     limits = dict(search.budget or ())
-    ranked = sorted(search.history, key=rank_key)
+    ranked = sorted((r for r in search.history if "looked" not in r), key=rank_key)
     ranked = [r for r in ranked if all(r[name] <= limit for name, limit in limits.items())]
     limit = limits.get("latency_ms")
     if limit is None:
@@ -431,11 +445,14 @@ def finish(
     device = accelerator.device
     rng = np.random.default_rng([args.seed, 4])
     hook = search.extra_costs
-    others = [data.space.largest, *data.space.sample_many(args.num_random, rng, search.budget, hook)]
+    others = [data.space.largest]
+    if args.num_random:
+        with contextlib.suppress(BudgetError):  # random draws may miss a budget that the search did meet
+            others += data.space.sample_many(args.num_random, rng, search.budget, hook)
     spread = [data.space.smallest, *data.space.sample_many(args.num_spread, rng)]
     within = "the budget" if search.budget else "the space"
     run.say(
-        f"\nscoring {args.num_random} random networks of {within} and {args.num_spread} of any cost, to compare with"
+        f"\nscoring {len(others) - 1} random networks of {within} and {args.num_spread} of any cost, to compare with"
     )
     facts["first_look"] = first_look_effect(search.history, evaluator, len(data.val))
     val_scores = evaluator.score(others)
@@ -536,8 +553,17 @@ def main(argv: list[str] | None = None) -> None:
         if args.latency_table is not None:
             table = LatencyTable.load(args.latency_table)
             table.check(data.space, device=table.setting.device)  # now, not when finalists are measured
+        given = {
+            "supernet": None if args.supernet is None else fingerprint(net, (), 0),
+            "latency_table": None if table is None else hashlib.sha256(table.to_json().encode()).hexdigest()[:16],
+        }
+        for name, was in run.once("given.json", lambda: given).items():
+            if was != given[name]:
+                option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise RunError(f"{option} has changed since {run.folder} was started; give this run another --name")
         budget = make_budget(args, data.space, table)
         search = make_search(args, data.space, budget, table, len(data.val))
+        budget = search.budget  # a front's has no lower band
         first, batches = val_parts(args, data, accelerator.device)
         run.begin()
         run.say(
@@ -571,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
         if ended:
             run.say(ended)
         facts = {
-            "command": " ".join(["accelerate", "launch", *sys.argv]),
+            "command": shlex.join(["accelerate", "launch", *sys.argv]),
             "dataset": args.dataset,
             "space": args.space or f"that of {args.supernet}",
             "space_size": float(data.space.size()),
@@ -583,6 +609,7 @@ def main(argv: list[str] | None = None) -> None:
             "seed": args.seed,
             "candidates": len(search.history),
             "ended_early": ended,
+            "resumed": run.resumed,
             "seconds": {"training": round(trained, 1), "search": round(clock.seconds() - trained, 1)},
             "processes": accelerator.num_processes,
             "versions": {m.__name__: m.__version__ for m in (timm_resnas, timm, torch, accelerate)},

@@ -71,6 +71,7 @@ from training import (
     check_weights,
     cut_validation,
     diverged,
+    full_precision,
     make_schedule,
     pair,
 )
@@ -160,7 +161,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="weight decay on position embeddings, too (as the released code)",
     )
-    group.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    group.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient; 0: any")
     group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate of the last block")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument(
@@ -377,7 +378,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
                 schedule.step_update(position.step)
                 chunks = [(c, sampler.archs(epoch, step, c, world * args.accumulate)) for c in passes(args, rank)]
                 losses.append(backward(args, accelerator, task, mix, x, y, chunks, position.step))
-                if args.clip_grad is not None:
+                if args.clip_grad:
                     accelerator.clip_grad_norm_(net.parameters(), args.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -411,7 +412,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: Run, data: Da
         small = len(data.splits.train) <= HASHED_IMAGES
         seen = training_record(data.splits.train, data.val, content_hashes(data.splits.train) if small else None)
         files = {"training_data.json": json.dumps(seen) + "\n"}
-        save_pretrained(net, run / "supernet", info=info, label_names=data.splits.class_names, files=files)
+        with full_precision(net):
+            save_pretrained(net, run / "supernet", info=info, label_names=data.splits.class_names, files=files)
         shutil.rmtree(run.state / "training", ignore_errors=True)
     accelerator.wait_for_everyone()
     return net

@@ -3,7 +3,7 @@
     accelerate launch recipes/train.py                                       # recipes/configs/digits.yaml, a CPU
     accelerate launch recipes/train.py --model runs/digits-micro/best --dataset digits          # from scratch
     accelerate launch recipes/train.py --model runs/digits-micro/best --pretrained --lr 2e-4    # inherited weights
-    accelerate launch recipes/train.py --model runs/photos/best --pretrained --img-size 280 --dataset imagefolder:photos
+    accelerate launch recipes/train.py --model runs/photos/best --pretrained --img-size 128 --dataset imagefolder:photos
     accelerate launch --multi_gpu --num_processes 8 recipes/train.py \\
         --config recipes/configs/vit_resnas_tiny.yaml --dataset imagefolder:imagenet
 
@@ -22,7 +22,8 @@ looked at once, when training is over.
 A run's folder holds `config.yaml`, `best/` (config.json and model.safetensors, for `timm.create_model`), `kept/`,
 `training.jsonl`, `training.png`, `results.json` and `state/`. Killed at any moment and started with the same command, a
 run goes on from its last checkpoint and ends with the same weights: batches, augmentation, mixing, drop path and
-learning rate are functions of the seed and the step. Another number of processes may go on with it, too.
+learning rate are functions of the seed and the step. Another number of processes may go on with it, too, unless
+--multi-scale makes other batches for it.
 
 Errors, each said before anything is trained: an unknown model, folder or data set, weights that do not fit, an image
 size that the model cannot have, a batch that processes and passes do not divide, options that contradict each other or
@@ -80,6 +81,7 @@ from training import (
     count_macs,
     cut_validation,
     diverged,
+    full_precision,
     make_schedule,
     open_model,
     pair,
@@ -104,7 +106,12 @@ from timm_resnas.data import (
 )
 from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
-from timm_resnas.tasks import MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
+from timm_resnas.tasks import (
+    HardLabelDistillationTask,
+    MixedDepthTask,
+    SoftLabelDistillationTask,
+    TokenLabelingTask,
+)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 CHECK_STEPS = 50  # how often processes agree on the loss and on whether a checkpoint is due
@@ -156,6 +163,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="read the training part of hf:<id> while it is trained on, without storing it (with --val-per-class 0)",
     )
     group.add_argument("--num-train", type=int, metavar="N", help="images of a stream that does not say how many")
+    group.add_argument(
+        "--lanes", type=int, metavar="N", help="files of a stream that are read side by side; a multiple of processes"
+    )
     group.add_argument("--crop-pct", type=float, metavar="X", help="centre crop at evaluation, of the resized image")
     group.add_argument("--crop-mode", choices=["center", "squash", "border"], help="how an image becomes that crop")
     group.add_argument("--interpolation", choices=["bilinear", "bicubic"], help="of resizing")
@@ -197,9 +207,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--teacher-path", metavar="FILE", help="the teacher's weights, where its name has none")
     group.add_argument(
         "--distill",
-        choices=["soft-label", "logit", "token"],
+        choices=["soft-label", "hard", "logit", "token"],
         default="soft-label",
-        help="the teacher's probabilities alone (SReT), beside labels (timm), or for a distillation token (DeiT)",
+        help="the teacher's probabilities alone (SReT), its decisions beside labels (CaiT), its probabilities beside "
+        "labels (timm), or a distillation token (DeiT)",
     )
     group.add_argument("--distill-type", choices=["hard", "soft"], default="hard", help="of --distill token")
     group.add_argument("--distill-weight", type=float, default=0.5, metavar="X", help="the teacher's; labels: the rest")
@@ -234,7 +245,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--min-lr", type=float, default=1e-5, help="learning rate at its end; not scaled by batch size")
     group.add_argument("--warmup-epochs", type=float, default=1, help="epochs of linear warm-up, a part of --epochs")
     group.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate that it starts from; not scaled")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="largest gradient, as --clip-mode measures it")
+    group.add_argument(
+        "--clip-grad", type=float, metavar="X", help="largest gradient, as --clip-mode measures it; 0: any"
+    )
     group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="of gradient clipping")
     group.add_argument(
         "--ema",
@@ -281,6 +294,8 @@ def check_options(args: argparse.Namespace, world: int) -> None:
         )
     if args.mix == "mixup" and args.batch_size // passes % 2:
         raise RunError(f"--mix mixup pairs images: a pass has {args.batch_size // passes} of them, an odd number")
+    if args.mix == "mixup" and max(args.mixup_alpha, args.cutmix_alpha) <= 0:
+        raise RunError("--mix mixup needs --mixup-alpha or --cutmix-alpha above 0; to mix nothing take --mix none")
     if args.opt.lower() not in list_optimizers():
         raise RunError(f"--opt {args.opt} is none of timm's: {', '.join(list_optimizers())}")
     if args.teacher is None and args.teacher_path is not None:
@@ -366,6 +381,8 @@ def build(args: argparse.Namespace, num_classes: int) -> nn.Module:
     )
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    if args.mix != "token" and getattr(model, "patch_head", None) is not None:
+        model.patch_head.requires_grad_(False)  # nothing trains it, and processes wait for all gradients
     return model
 
 
@@ -399,6 +416,8 @@ def make_task(args: argparse.Namespace, model: nn.Module, data: Data, device: to
             return SoftLabelDistillationTask(model, teacher, **common)
         common["criterion_kwargs"] = criterion
         common.update(distill_loss_weight=args.distill_weight, task_loss_weight=1 - args.distill_weight)
+        if args.distill == "hard":
+            return HardLabelDistillationTask(model, teacher, **common)
         if args.distill == "logit":
             return LogitDistillationTask(model, teacher, **common)
         if not getattr(model, "has_dist", hasattr(model, "head_dist")):
@@ -487,7 +506,8 @@ def make_loader(args: argparse.Namespace, accelerator: Accelerator, data: Data) 
     if not args.multi_scale:
         transform = train_transform(data.config, **augmentation(args, data.splits, size))
         if data.train is None:
-            return stream_loader(data.splits.train, transform, args.batch_size, num_images=data.num_train, **given)
+            given.update(num_images=data.num_train, lanes=args.lanes)
+            return stream_loader(data.splits.train, transform, args.batch_size, **given)
         return train_loader(data.splits.train.select(data.train), transform, args.batch_size, **given)
     images = data.splits.train.select(data.train)
     transforms = []
@@ -575,6 +595,12 @@ class Training:
         state = self.checkpoints.newest()
         if state is None:
             return Position()
+        if state.get("steps", self.steps) != self.steps:
+            raise RunError(
+                f"{self.run.folder} was started with {state['steps']} steps an epoch; with this number of processes "
+                f"there are {self.steps} (--multi-scale). Go on with as many processes as before, or give this run "
+                f"another --name"
+            )
         for name, model in self.weights().items():
             model.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -590,7 +616,7 @@ class Training:
         """
         check_weights(self.model, self.position.step)
         state: dict[str, Any] = {name: model.state_dict() for name, model in self.weights().items()}
-        state.update(optimizer=self.optimizer.state_dict(), position=asdict(self.position))
+        state.update(optimizer=self.optimizer.state_dict(), position=asdict(self.position), steps=self.steps)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         self.checkpoints.save(self.position.step, state)
@@ -617,7 +643,7 @@ class Training:
         self.task.train()
         self.schedule.step_update(self.position.step)
         loss = self.backward(x, y, on)
-        if self.args.clip_grad is not None:
+        if self.args.clip_grad:
             self.accelerator.unscale_gradients(self.optimizer)
             dispatch_clip_grad(self.task.get_clip_parameters(), self.args.clip_grad, mode=self.args.clip_mode)
         self.optimizer.step()
@@ -728,13 +754,11 @@ class Training:
             "val_top1": record["accuracy"].get(weights),
             "trained": {k: getattr(self.args, k) for k in ("model", "dataset", "epochs", "seed", "pretrained")},
         }
-        save_pretrained(
-            self.weights()[weights],
-            folder,
-            info=facts,
-            label_names=self.data.splits.class_names,
-            data_config=self.data.config,
-        )
+        model = self.weights()[weights]
+        with full_precision(model):
+            save_pretrained(
+                model, folder, info=facts, label_names=self.data.splits.class_names, data_config=self.data.config
+            )
 
 
 def best_of(records: list[dict[str, Any]], count: int) -> list[tuple[int, str]]:
@@ -854,7 +878,7 @@ def main(argv: list[str] | None = None) -> None:
         check_options(args, accelerator.num_processes)
         # runs/<name>/best and hub ids: the last part that says something
         parts = [p for p in Path(args.model.partition(":")[2] or args.model).parts if p != "best"]
-        name = f"{dataset_name(args.dataset)}-{parts[-1]}"
+        name = "-".join([dataset_name(args.dataset), *parts[-1:]])
         run = Run(args, accelerator, name, sorted(set(vars(args)) - FREE))
         if run.resumed and (run / "results.json").exists():
             tests = json.loads((run / "results.json").read_text())["test"]

@@ -2,9 +2,12 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
 import os
 import pickle
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ __all__ = [
     "count_macs",
     "cut_validation",
     "diverged",
+    "full_precision",
     "make_schedule",
     "open_model",
     "pair",
@@ -142,7 +146,7 @@ def model_source(name: str) -> str:
     """
     kind, _, where = name.partition(":")
     if kind in ("hf-hub", "hf_hub") and where:
-        return name
+        return f"hf-hub:{where}"
     if kind != "local-dir":
         if timm.is_model(name):
             return name
@@ -210,7 +214,7 @@ def open_model(
     except (RunError, HubError):
         raise
     except (
-        *(TypeError, RuntimeError, KeyError, AssertionError, ValueError, OSError),
+        *(TypeError, RuntimeError, LookupError, AssertionError, ValueError, OSError, struct.error),
         *(SafetensorError, pickle.UnpicklingError, EOFError),
     ) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
@@ -249,6 +253,18 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         for p in frozen:
             p.requires_grad_(True)
     return counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate's `prepare` puts around the model's `forward` in mixed precision: logits
+    that are stored with weights must be those that the loaded model computes."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

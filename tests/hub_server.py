@@ -321,6 +321,9 @@ class Handler(BaseHTTPRequestHandler):
                     raise Reply(400, {"error": f"{value['path']} was not uploaded"}, message="LFS object missing")
                 files[value["path"]] = self.state.large[value["oid"]]
             elif item["key"] == "deletedFile":
+                if value["path"] not in files:
+                    text = "A file with this name doesn't exist"
+                    raise Reply(404, {"error": text}, code="EntryNotFound", message=text)
                 del files[value["path"]]
         branch = revision
         if "create_pr" in query:

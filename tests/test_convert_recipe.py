@@ -84,6 +84,7 @@ def test_released_layout_becomes_a_folder_with_the_authors_logits(name, golden, 
     assert source["sha256"] == convert.digest(file)
     card = push(out, "alice/net", dry_run=True).card
     assert "license: cc-by-nc-4.0" in card and source["sha256"] in card and "model-index" not in card
+    assert URL in card
 
 
 NETWORK = "((4,24),(1,(24,2,16),(24,48),1),(3,24,40),(1,(40,3,16),(40,96),1),(2,40,10))"
@@ -122,6 +123,7 @@ def test_refusals(states, tmp_path, capsys):
     torch.save(states[0], good)
     evil.write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
     torch.save([1, 2], bare)
+    (tmp_path / "empty.pth").touch()
     short = {k: v for k, v in states[0].items() if k != "norm.bias"}
     torch.save(short, tmp_path / "short.pth")
     wrong = tmp_path / "wrong.safetensors"
@@ -131,6 +133,7 @@ def test_refusals(states, tmp_path, capsys):
     for options, message in (
         ([str(tmp_path / "none.pth"), *FIXED, *out], "there is no file"),
         ([str(evil), *FIXED, *out], "cannot be read safely|that can be read safely"),
+        ([str(tmp_path / "empty.pth"), *FIXED, *out], "can be read safely: EOFError"),
         ([str(bare), *FIXED, *out], "holds a list"),
         ([str(tmp_path / "short.pth"), *FIXED, *out], 'Missing key.*"norm.bias"'),
         ([str(good), *FIXED, "--weights", "model_ema", *out], "holds no 'model_ema'"),

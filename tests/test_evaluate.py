@@ -122,7 +122,7 @@ class Team:
 def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
     """One of three waits in its first candidate until the others have done all the rest."""
     team = Team(3)
-    rest = threading.Semaphore(0)
+    rest, begun = threading.Semaphore(0), threading.Event()
     append_jsonl(tmp_path / "scores-2.jsonl", [{"key": archs[0].key(), "score": truth[0], "fingerprint": "w"}])
 
     def work(rank):
@@ -135,9 +135,11 @@ def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
 
         def count(chunk, at_least):
             if rank == 0:
+                begun.set()
                 for _ in range(7):
                     assert rest.acquire(timeout=60)
             else:
+                assert begun.wait(timeout=60)
                 rest.release()
             return original(chunk, at_least)
 

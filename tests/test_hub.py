@@ -190,6 +190,36 @@ def test_update_removes_what_an_earlier_push_left(remote, folder, tmp_path):
     assert remote.files("alice/net") == ["README.md", CONFIG, WEIGHTS, "notes.txt", "search/new.jsonl", GOLDEN]
 
 
+def test_lost_answer_to_an_update_that_deletes(remote, folder):
+    send(remote, folder, files={"search/old.jsonl": ROOT / "LICENSE"})
+    remote.fail("POST .*/commit/", kind="reset_after")
+    again = send(remote, folder, text="Again.")
+    assert remote.unused() == [] and remote.repo("alice/net")["branches"]["main"] == again.commit
+    assert remote.files("alice/net") == ["README.md", CONFIG, WEIGHTS, GOLDEN]
+
+
+def test_paths_of_this_machine_are_cut_and_addresses_stay():
+    for value, expected in {
+        "/home/me/photos": "photos",
+        "imagefolder:/home/me/photos": "imagefolder:photos",
+        "/home/me/a:b/photos": "photos",
+        "--output=/home/me/runs": "--output=runs",
+        "--dataset=imagefolder:~/photos": "--dataset=imagefolder:photos",
+        "file:///home/me/net.pth": "file:net.pth",
+        "https://example.org/authors/weights": "https://example.org/authors/weights",
+        "hf-hub:owner/name@main": "hf-hub:owner/name@main",
+        "runs/digits/supernet": "runs/digits/supernet",
+    }.items():
+        assert hub.public({"a": [value]}) == {"a": [expected]}
+
+
+def test_save_does_not_replace_what_is_no_model(net, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HubError, match="holds no config.json"):
+        save_pretrained(net, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_dry_run_asks_nobody(remote, folder):
     planned = push(folder, "alice/net", endpoint=remote.url, dry_run=True, files={"search/a.txt": ROOT / "LICENSE"})
     assert remote.log() == [] and planned.commit is None
@@ -311,6 +341,7 @@ MESSAGES = {
     "public": (dict(name="alice/taken", private=True), "is public"),
     "nowhere": (dict(endpoint="http://127.0.0.1:9"), "the Hub cannot be reached to write to alice/net"),
     "request without repository": (dict(name="alice/none", create_pr=True), "no repository alice/none"),
+    "request on a branch": (dict(create_pr=True, revision="other"), "pull requests on main only"),
     "outside": (dict(files={"../evil": ROOT / "LICENSE"}), "cannot be the name"),
     "missing": (dict(files={"search/x": ROOT / "nothing"}), "there is no file"),
     "not plain": (dict(info={"x": object()}), "JSON-plain"),
@@ -487,11 +518,17 @@ HOSTILE = {
         "a tensor of",
     ),
     "tables beside the weights": (
-        top(architecture="swin_tiny_patch4_window7_224", model_args={"window_size": 64, "img_size": 512}),
+        top(architecture="swin_tiny_patch4_window7_224", model_args={"window_size": 32, "img_size": 1024}),
         None,
         "tables of [0-9,]+ bytes",
     ),
+    "table that is filled in a loop": (
+        top(architecture="tiny_vit_5m_224", model_args={"window_sizes": [7, 100, 14, 7]}),
+        None,
+        "a tensor of 100,000,000 numbers",
+    ),
     "unknown argument": (args(colour="red"), None, "cannot be built"),
+    "classifier that would be left out": (top(num_classes=11), None, "num_classes is 11, but model_args make"),
     "builder's argument": (args(pretrained_cfg_overlay={"file": "/etc/passwd"}), None, "not for a config.json to set"),
     "checkpoint path": (args(checkpoint_path="../../secret.pth"), None, "not for a config.json to set"),
     "other file": (cfg(hf_hub_filename="../../secret.bin"), None, "hf_hub_filename is not for a config.json to set"),
@@ -656,9 +693,11 @@ def test_pickles_are_read_on_request_only(folder, net, tmp_path):
     with pytest.raises(HubError, match="a pickle, which can run code"):
         load(tmp_path)
     assert torch.equal(load(tmp_path, allow_pickle=True).head.weight, net.head.weight)
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(HubError, match="cannot be loaded"):
-        load(tmp_path, allow_pickle=True)
+    for data in (pickle.dumps(Evil(), protocol=2), b"", b"\x80", b"junk"):
+        (tmp_path / "pytorch_model.bin").write_bytes(data)
+        with pytest.raises(HubError, match="cannot be loaded") as e:
+            load(tmp_path, allow_pickle=True)
+        assert "\n" not in str(e.value)
     assert not Path("evil-was-here").exists()
 
 

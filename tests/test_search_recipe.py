@@ -15,6 +15,7 @@ import search
 import yaml
 from nursery import Nursery
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from timm_resnas import Arch
 from timm_resnas.arch import Block
@@ -343,7 +344,6 @@ def test_a_leak_is_found_by_content_in_other_files(finished, tmp_path, capsys):
     options += ["--dataset", f"imagefolder:{tmp_path / 'png'}", "--val-per-class", "5"]
     search.main([*options, "--name", "unseen"])
     assert json.loads((tmp_path / "unseen" / "results.json").read_text())["leak"] is None
-    hashes = set()
     data = json.loads((tmp_path / "unseen" / "state" / "data.json").read_text())
     from timm_resnas.data import content_hashes
 
@@ -427,6 +427,31 @@ def test_pareto_search(finished, tmp_path):
     assert len(list((tmp_path / "run" / "pareto").iterdir())) == len(front)
     assert results["hypervolumes"] == sorted(results["hypervolumes"]) and len(results["hypervolumes"]) == 3
     assert "accuracy against MACs and params" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_nothing_to_compare_with(finished, tmp_path):
+    """One generation, no yardsticks, a budget for a front."""
+    options = ["--num-random", "0", "--num-spread", "0", "--iterations", "1", "--output", str(tmp_path)]
+    options = [*SEARCH, "--supernet", str(finished[0] / "supernet"), *options]
+    for name, kind in (("evolution", []), ("front", ["--search", "pareto", "--budget", "macs=30%"])):
+        search.main([*options, *kind, "--name", name])
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["random"] == [] and results["candidates"] == 12
+    limit = results["budget"]["macs"]
+    assert results["budget"]["lower"] == 0 and all(p["macs"] <= limit for p in results["front"])
+
+
+def test_another_supernet_under_the_same_name(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "supernet", tmp_path / "net")
+    options = [*SEARCH, "--supernet", str(tmp_path / "net"), "--output", str(tmp_path), "--name", "run"]
+    search.main([*options, "--iterations", "1"])
+    path = tmp_path / "net" / "model.safetensors"
+    weights = load_file(path)
+    weights["head.bias"] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        search.main([*options, "--iterations", "1"])
+    assert "has changed since" in capsys.readouterr().err
 
 
 def test_random_search_without_a_budget(finished, tmp_path):

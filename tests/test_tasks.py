@@ -11,7 +11,13 @@ import timm_resnas  # noqa: F401
 from timm_resnas.data import TokenMix
 from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.sampling import MultiArchSampler
-from timm_resnas.tasks import SoftLabelDistillationTask, SupernetTask, TokenLabelingTask, TokenLabelLoss
+from timm_resnas.tasks import (
+    HardLabelDistillationTask,
+    SoftLabelDistillationTask,
+    SupernetTask,
+    TokenLabelingTask,
+    TokenLabelLoss,
+)
 
 MIXED = dict(smoothing=0.1, mixup_alpha=0.8)
 SRET = dict(img_size=32, num_classes=5)
@@ -234,6 +240,26 @@ def test_soft_label_loss(temperature):
     difference = (student_logits / temperature).softmax(-1) - (teacher_logits / temperature).softmax(-1)
     torch.testing.assert_close(student.outputs[0].grad, difference / (3 * temperature))
     assert teacher.outputs[0].grad is None
+
+
+def test_hard_label_loss():
+    """A quarter labels with smoothing, three quarters the teacher's decisions."""
+    (student_logits, _), _ = logits_and_targets()
+    (teacher_logits, _), _ = logits_and_targets(seed=1)
+    student, teacher = Fixed(student_logits.clone()), Fixed(teacher_logits.clone())
+    weights = dict(task_loss_weight=0.25, distill_loss_weight=0.75, criterion_kwargs=dict(smoothing=0.1))
+    task = HardLabelDistillationTask(student, teacher, dtype=torch.float64, **weights)
+    labels = [0, 1, 2]
+    result = task(torch.zeros(3, 3, 8, 8, dtype=torch.float64), torch.tensor(labels))
+    rows = []
+    for s, t, label in zip(student_logits.tolist(), teacher_logits.tolist(), labels, strict=True):
+        k = len(s)
+        smooth = [0.1 / k + 0.9 * (i == label) for i in range(k)]
+        decided = [float(i == t.index(max(t))) for i in range(k)]
+        rows.append(0.25 * cross_entropy(smooth, s) + 0.75 * cross_entropy(decided, s))
+    assert result["loss"].item() == pytest.approx(mean(rows), rel=1e-12)
+    result["loss"].backward()
+    assert student.outputs[0].grad is not None and teacher.outputs[0].grad is None
 
 
 def test_teacher_stays_as_it_is():

@@ -399,8 +399,9 @@ def test_mixing():
     x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
     for kind in ("mixup", "token"):
         mix = train.make_mix(options("--mix", kind, "--smoothing", "0.2"), net, data)
-        (first, target), (second, again) = mix(x.clone(), y, 5, True), mix(x.clone(), y, 5, True)
+        first, target = mix(x.clone(), y, 5, True)
         torch.rand(3), np.random.rand()
+        second, again = mix(x.clone(), y, 5, True)
         assert torch.equal(first, second) and not torch.equal(first, x)
         assert not torch.equal(first, mix(x.clone(), y, 6, True)[0])
         plain, unmixed = mix(x.clone(), y, 5, False)
@@ -461,7 +462,7 @@ def teacher(images, tmp_path_factory):
     return save_pretrained(net, tmp_path_factory.mktemp("teacher") / "best")
 
 
-@pytest.mark.parametrize("distill", ["soft-label", "logit", "token"])
+@pytest.mark.parametrize("distill", ["soft-label", "hard", "logit", "token"])
 def test_teachers(distill, teacher, images, tmp_path, monkeypatch):
     seen = []
     forward = train.timm.task.DistillationTeacher.forward

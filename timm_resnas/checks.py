@@ -40,7 +40,7 @@ _MAX_TEXT = 65536
 _MAX_ARG = 1 << 16  # any number among a model's arguments
 _MAX_INPUT = 4096  # pixels
 _MAX_MODULES = 6_000  # timm's largest number is 2,300
-_MAX_ELEMENTS = 1 << 23  # of one tensor that a constructor makes in memory
+_MAX_ELEMENTS = 1 << 23  # of one tensor that a constructor makes in memory, or of indices
 _MAX_TENSOR = 1 << 28  # elements of one tensor, made on meta
 _MAX_TABLES = 128 << 20  # bytes of tables that are in no file, beside as many as the weights have
 _MAX_SECONDS = 30.0
@@ -264,6 +264,10 @@ def build_on_meta(config: Config, max_params: int = MAX_PARAMS) -> nn.Module:
             f"{config.where}: {config.architecture} cannot be built from these model_args: "
             f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
         ) from None
+    # where they differ, timm would leave the classifier's weights out without a word
+    stated = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if stated is not None and stated != getattr(model, "num_classes", stated):
+        raise HubError(f"{config.where}: num_classes is {stated}, but model_args make a model of {model.num_classes}")
     stored = sum(t.nbytes for t in model.state_dict().values())
     tables = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - stored
     if tables > _MAX_TABLES + stored:
@@ -330,9 +334,13 @@ class _SmallTensors(TorchDispatchMode):
 
     def _check(self, outputs: Any, limit: int) -> None:
         for made in outputs if isinstance(outputs, tuple | list) else (outputs,):
-            if isinstance(made, torch.Tensor) and made.numel() > limit:
+            if not isinstance(made, torch.Tensor):
+                continue
+            # timm fills tables of indices in loops of Python, on meta, too
+            most = min(limit, _MAX_ELEMENTS) if made.dtype in (torch.int32, torch.int64) else limit
+            if made.numel() > most:
                 raise HubError(
-                    f"{self.where} describes a network with a tensor of {made.numel():,} numbers; at most {limit:,} "
+                    f"{self.where} describes a network with a tensor of {made.numel():,} numbers; at most {most:,} "
                     f"are expected there"
                 )
 
@@ -441,5 +449,6 @@ def check_finite(model: nn.Module, where: str) -> None:
 
 
 def _some(names: list[str] | Mapping[str, Any]) -> str:
+    names = [n if n.isprintable() else repr(n) for n in names]  # they may be a stranger's
     names = [n if len(n) <= 60 else n[:57] + "..." for n in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def save_pretrained(
 ) -> Path:
     """Write a model's folder for ``timm.create_model('local-dir:<folder>', pretrained=True)``.
 
-    The folder appears whole or not at all; one that was there is replaced.
+    The folder appears whole or not at all; a model's folder that was there is replaced, with all that is in it.
 
     Args:
         model: A model made by `timm.create_model`.
@@ -73,13 +74,17 @@ def save_pretrained(
 
     Raises:
         ValueError: A model argument is not JSON-plain.
+        HubError: The folder holds something else than a model.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise HubError(f"{folder} exists and holds no {CONFIG}; it would be replaced: give the name of a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {"timm_resnas": {"version": __version__, **(info or {})}}
     if label_names is not None:
         config["label_names"] = list(label_names)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    before = fresh.with_name(f"{fresh.name}-before")
     try:
         fresh.chmod(0o755)
         timm.models.save_for_hf(
@@ -94,10 +99,12 @@ def save_pretrained(
         for name, content in (files or {}).items():
             (fresh / _plain_name(name)).write_text(content, encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(before)  # a kill leaves one of the two whole
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
     return folder
 
 
@@ -215,8 +222,9 @@ def load(
     golden = source.file(GOLDEN, limit=1 << 28) if check else None
     try:
         model = timm.create_model(f"local-dir:{path.parent}", pretrained=True, **kwargs)
-    except (RuntimeError, ValueError, TypeError) as e:
-        raise HubError(f"{source} cannot be loaded: {str(e):.300}") from e
+    except Exception as e:  # a damaged pickle raises anything
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise HubError(f"{source} cannot be loaded: {why:.300}") from e
     check_finite(model, f"{source}: {path.name}")
     if golden is not None:
         check_golden(model, golden, f"{source}: {GOLDEN}")
@@ -283,7 +291,7 @@ def read_file(
     if not source.has(_plain_name(filename)):
         return None
     try:
-        return source.file(filename, limit=1 << 28).read_text(encoding="utf-8")
+        return source.file(filename, limit=1 << 26).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise HubError(f"{source}: {filename} is not UTF-8 text") from None
 
@@ -499,6 +507,8 @@ def push(
     _check_repo_id(repo_id)
     if create_pr and tag:
         raise HubError("a pull request has no commit to tag yet; leave out tag or create_pr")
+    if create_pr and revision not in (None, "main"):
+        raise HubError("the Hub opens pull requests on main only; leave out revision or create_pr")
     with _folder_of(folder_or_model, save_args) as folder:
         sources, card = _contents(folder, repo_id, revision, license, tags, results, info, files, text, endpoint)
         sizes = {name: len(s) if isinstance(s, bytes) else s.stat().st_size for name, s in sources.items()}
@@ -520,7 +530,9 @@ def push(
             def commit() -> hf.CommitInfo:
                 # made anew each time: the client marks what it has sent
                 operations = [hf.CommitOperationAdd(name, source) for name, source in sources.items()]
-                operations += [hf.CommitOperationDelete(name) for name in stale]
+                if stale:  # an earlier try may have deleted them, though its answer got lost
+                    there = {f.rfilename for f in api.model_info(repo_id, revision=revision).siblings or ()}
+                    operations += [hf.CommitOperationDelete(name) for name in stale if name in there]
                 return api.create_commit(
                     repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr
                 )
@@ -631,9 +643,11 @@ def public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [public(v) for v in value]
     if isinstance(value, str):
-        kind, colon, rest = value.rpartition(":")
-        if os.path.isabs(rest) or rest.startswith("~"):
-            return kind + colon + os.path.basename(os.path.normpath(rest))
+        for mark in re.finditer(r"^|[:=]", value):  # 'imagefolder:/home/…' and '--output=/home/…', too
+            rest = value[mark.end() :]
+            address = re.match(r"//[^/]", rest)  # of 'https://…'
+            if not address and os.path.isabs(rest) or rest.startswith("~"):
+                return value[: mark.end()] + os.path.basename(os.path.normpath(rest))
     return value
 
 

@@ -118,7 +118,8 @@ class Evaluator:
         known = self._records if at_least is None else {**self._records, **self._cut}
         todo = {arch.key(): arch for arch in archs if arch.key() not in known}
         # the most expensive first: processes then finish together
-        queue = sorted(todo.values(), key=lambda a: (-self.net.space.costs(a)["macs"], a.key()))
+        macs = self.net.space.cost_model.costs  # a sub-network need not be of the supernet's own space
+        queue = sorted(todo.values(), key=lambda a: (-macs(a)["macs"], a.key()))
         mine: list[dict[str, Any]] = []
         for chunk in self._chunks(queue):
             start = time.perf_counter()

@@ -230,9 +230,9 @@ class Search:
             known = set()
             for i, record in enumerate(history):
                 rank_key(record)
-                known.add(Arch.from_network_def(record["network_def"]).key())
-                if record["key"] not in known:
+                if record["key"] != Arch.from_network_def(record["network_def"]).key():
                     raise ValueError(f"the key of history record {i} is not its network_def's")
+                known.add(record["key"])
             pending: dict[str, tuple[Arch, str]] = {}
             scores: dict[str, int | float] = {}
             for item in state["pending"]:

@@ -1,8 +1,15 @@
 """Training tasks: subclasses of `timm.task.TrainingTask`."""
 
-from .distillation import SoftLabelDistillationTask
+from .distillation import HardLabelDistillationTask, SoftLabelDistillationTask
 from .mixed_depth import MixedDepthTask
 from .supernet import SupernetTask
 from .token_labeling import TokenLabelingTask, TokenLabelLoss
 
-__all__ = ["MixedDepthTask", "SoftLabelDistillationTask", "SupernetTask", "TokenLabelLoss", "TokenLabelingTask"]
+__all__ = [
+    "HardLabelDistillationTask",
+    "MixedDepthTask",
+    "SoftLabelDistillationTask",
+    "SupernetTask",
+    "TokenLabelLoss",
+    "TokenLabelingTask",
+]

@@ -1,6 +1,8 @@
-"""Distillation from soft labels alone, as SReT is trained.
+"""Distillation into one classifier: from soft labels alone, as SReT is trained, and from hard ones, as CaiT is.
 
-Paper: "Sliced Recursive Transformer" - https://arxiv.org/abs/2111.05297; the loss is the released code's.
+Papers: "Sliced Recursive Transformer" - https://arxiv.org/abs/2111.05297; the loss is the released code's.
+"Going deeper with Image Transformers" - https://arxiv.org/abs/2103.17239, which takes hard distillation from DeiT
+(https://arxiv.org/abs/2012.12877) without its token.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-__all__ = ["SoftLabelDistillationTask"]
+__all__ = ["HardLabelDistillationTask", "SoftLabelDistillationTask"]
 
 
 class SoftLabelDistillationTask(LogitDistillationTask):
@@ -82,14 +84,7 @@ class SoftLabelDistillationTask(LogitDistillationTask):
             dtype=dtype,
             verbose=verbose,
         )
-        teacher = unwrap_model(self.teacher.model)
-        for what, unit in (("num_classes", "classes"), ("in_chans", "input channels")):
-            theirs, ours = getattr(teacher, what, None), getattr(student, what)
-            if theirs is not None and theirs != ours:
-                raise ValueError(
-                    f"SoftLabelDistillationTask: the teacher {name or type(teacher).__name__} has {theirs} {unit}, the "
-                    f"student {ours}; the teacher must be trained on the student's data set (fine-tune one first)"
-                )
+        _check_teacher(self, name)
         self.teacher.requires_grad_(False)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -108,3 +103,51 @@ class SoftLabelDistillationTask(LogitDistillationTask):
         soft_labels = (teacher_logits / self.temperature).softmax(dim=-1)
         loss = -(soft_labels * F.log_softmax(output / self.temperature, dim=-1)).sum(dim=-1).mean()
         return {"loss": loss, "output": output, "kd_loss": loss.detach()}
+
+
+class HardLabelDistillationTask(LogitDistillationTask):
+    """Train one classifier on labels and on a teacher's decisions.
+
+    The loss is ``task_loss_weight`` x the criterion's of the labels + ``distill_loss_weight`` x the cross-entropy to
+    the teacher's most probable class (DeiT: a half each). Arguments are timm's `LogitDistillationTask`'s;
+    ``temperature`` has no effect.
+
+    Raises:
+        ValueError: The teacher has another number of classes or channels than the student.
+    """
+
+    def __init__(
+        self, student_model: nn.Module, teacher_model: str | nn.Module | DistillationTeacher, **kwargs
+    ) -> None:
+        super().__init__(student_model, teacher_model, **kwargs)
+        _check_teacher(self, teacher_model if isinstance(teacher_model, str) else None)
+        self.teacher.requires_grad_(False)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            input: Images [B, C, H, W], normalised for the student; the teacher gets them in its own normalisation.
+            target: What the criterion takes: labels [B], or mixed ones [B, K].
+
+        Returns:
+            'loss', 'output' (the student's logits), and 'task_loss' and 'kd_loss', the two parts, detached.
+        """
+        output = self.trainable_module(input)
+        with torch.no_grad():
+            teacher_logits = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        task_loss = self.criterion(output, target)
+        kd_loss = F.cross_entropy(output, teacher_logits.argmax(dim=-1))
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * kd_loss
+        return {"loss": loss, "output": output, "task_loss": task_loss.detach(), "kd_loss": kd_loss.detach()}
+
+
+def _check_teacher(task: LogitDistillationTask, name: str | None) -> None:
+    teacher, student = unwrap_model(task.teacher.model), unwrap_model(task.trainable_module)
+    for what, unit in (("num_classes", "classes"), ("in_chans", "input channels")):
+        theirs, ours = getattr(teacher, what, None), getattr(student, what)
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{type(task).__name__}: the teacher {name or type(teacher).__name__} has {theirs} {unit}, the "
+                f"student {ours}; the teacher must be trained on the student's data set (fine-tune one first)"
+            )
