@@ -70,7 +70,7 @@ from common import (
 )
 from report import report
 from supernet import FIXED, Data, add_options, open_space, prepare, train
-from training import HASHED_IMAGES
+from training import HASHED_IMAGES, record_of
 
 import timm_resnas
 from timm_resnas import Arch
@@ -186,11 +186,7 @@ def adopt(args: argparse.Namespace, run: Run) -> tuple[VitResNasSupernet, Data, 
     splits = load_splits(args.dataset)
     if splits.num_classes != net.num_classes:
         raise RunError(f"{args.dataset} has {splits.num_classes} classes, the supernet {net.num_classes}")
-    text = read_file(args.supernet, "training_data.json")
-    try:
-        record = None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        raise RunError(f"training_data.json of {args.supernet} is damaged: it is not JSON") from None
+    record = record_of(str(args.supernet) if ":" in args.supernet else f"local-dir:{args.supernet}")
     cutting = functools.partial(cut_unseen, args, splits, record)
     train_indices, val, note = run.once("data.json", cutting)
     if len(train_indices) + len(val) != len(splits.train):
@@ -413,8 +409,15 @@ def score_of(folder: Path, data: Data, device: torch.device) -> tuple[int, int]:
     return count_correct(model, eval_batches(data.splits.test, transform, device=device))
 
 
-def export(net: VitResNasSupernet, record: dict[str, Any], folder: Path, args: argparse.Namespace, data: Data) -> None:
-    """One network with the supernet's weights, as a folder that timm loads."""
+def export(
+    net: VitResNasSupernet,
+    record: dict[str, Any],
+    folder: Path,
+    args: argparse.Namespace,
+    data: Data,
+    seen: str | None,
+) -> None:
+    """One network with the supernet's weights, as a folder that timm loads; with the record of what they have seen."""
     info = {
         **{k: record[k] for k in ("macs", "params", "memory", "latency_ms") if k in record},
         "search_val": {"correct": record["score"], "images": len(data.val)},
@@ -427,6 +430,7 @@ def export(net: VitResNasSupernet, record: dict[str, Any], folder: Path, args: a
         info=info,
         label_names=data.splits.class_names,
         data_config=data.config,
+        files={} if seen is None else {"training_data.json": seen},
     )
 
 
@@ -481,7 +485,8 @@ def finish(
         }
 
     best, measured = choose(search, table, run)
-    export(net, best, run / "best", args, data)
+    seen = read_file(args.supernet or run / "supernet", "training_data.json")
+    export(net, best, run / "best", args, data, seen)
     largest, *compared = [record(a, v, test=t) for a, v, t in zip(others, val_scores, test_scores, strict=True)]
     free = [record(a, v) for a, v in zip(spread, spread_scores, strict=True)]
     shutil.rmtree(run / "pareto", ignore_errors=True)
@@ -492,7 +497,7 @@ def finish(
     else:
         points = front([*(r for r in search.history if "looked" not in r), largest, *compared, *free])
     for k, point in enumerate(points, start=1):
-        export(net, point, run / "pareto" / str(k), args, data)
+        export(net, point, run / "pareto" / str(k), args, data, seen)
     correct, images = score_of(run / "best", data, device)
     shown = [k for k in ("key", "macs", "params", "memory", "latency_ms", "score") if k in best]
     run.write_json(

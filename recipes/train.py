@@ -83,9 +83,11 @@ from training import (
     diverged,
     full_precision,
     make_schedule,
+    model_source,
     open_model,
     pair,
     parse_kwargs,
+    record_of,
 )
 
 import timm_resnas
@@ -344,9 +346,9 @@ def prepare(args: argparse.Namespace, run: Run) -> tuple[nn.Module, Data]:
         splits = load_splits(args.dataset, streaming=True, num_train=args.num_train)
     else:
         splits = load_splits(args.dataset)
-        train, val = run.once(
-            "data.json", lambda: cut_validation(splits, args.val_per_class, args.val_fraction, args.seed)
-        )
+        record = record_of(model_source(args.model)) if args.pretrained else None
+        sizes = (args.val_per_class, args.val_fraction, args.seed)
+        train, val = run.once("data.json", lambda: cut_validation(splits, *sizes, record))
         if len(train) + len(val) != len(splits.train):
             raise RunError(f"{args.dataset} is not what {run.folder} was started with; give this run another --name")
     num_train = splits.num_train if train is None else len(train)

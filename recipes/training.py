@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import json
 import os
 import pickle
 import struct
@@ -24,8 +25,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas  # noqa: F401  (registers the models)
-from timm_resnas.data import Splits, check_leak, content_hashes, default_augment, repeated, split_search_val
-from timm_resnas.hub import HubError, fetch
+from timm_resnas.data import (
+    Splits,
+    check_leak,
+    content_hashes,
+    default_augment,
+    repeated,
+    split_search_val,
+    trained_on,
+)
+from timm_resnas.hub import HubError, fetch, read_file
 
 __all__ = [
     "Checkpoints",
@@ -39,9 +48,11 @@ __all__ = [
     "diverged",
     "full_precision",
     "make_schedule",
+    "model_source",
     "open_model",
     "pair",
     "parse_kwargs",
+    "record_of",
 ]
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
@@ -234,6 +245,19 @@ def classes_in(path: str, cfg: dict[str, Any]) -> dict[str, int]:
     return {"num_classes": found[0]} if found else {}
 
 
+def record_of(name: str) -> dict[str, Any] | None:
+    """What a saved model says of the images that its weights were trained on (`training_record`), if it does.
+
+    Raises:
+        RunError: The record is damaged.
+    """
+    text = read_file(name, "training_data.json") if ":" in name else None
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        raise RunError(f"training_data.json of {name} is damaged: it is not JSON") from None
+
+
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates at batch 1 in eval mode: convolutions, linear layers, attention products.
 
@@ -270,21 +294,28 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def cut_validation(splits: Splits, per_class: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training part to train on and to validate on. Pictures that are in the data twice are not
-    validated on.
+def cut_validation(
+    splits: Splits, per_class: int, fraction: float, seed: int, record: dict[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of the training part to train on and to validate on.
+
+    Pictures that are in the data twice are not validated on, nor are those that the weights were trained on before.
 
     Args:
         splits: The data.
         per_class: See `split_search_val`; 0 keeps all images for training.
         fraction: See `split_search_val`.
         seed: Decides the cut.
+        record: `training_record` of the weights that training starts from.
     """
     if not per_class:
         return list(range(len(splits.train))), []
     # reading every image of a large set takes hours; its pictures are compared where that is asked for
     small = len(splits.train) + len(splits.test) <= HASHED_IMAGES
-    avoid = repeated(content_hashes(splits.train), content_hashes(splits.test)) if small else None
+    hashes = content_hashes(splits.train) if small else None
+    avoid = repeated(hashes, content_hashes(splits.test)) if small else [False] * len(splits.train)
+    if record is not None:
+        avoid = [a or b for a, b in zip(avoid, trained_on(record, splits.train, hashes), strict=True)]
     train, val = split_search_val(splits.train, per_class=per_class, fraction=fraction, seed=seed, avoid=avoid)
     if small:
         check_leak(splits.train, train, val, splits.test)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import search
+import train
 import yaml
 from nursery import Nursery
 from PIL import Image
@@ -390,6 +391,15 @@ def test_what_does_not_fit_the_supernet(finished, photos, options, message, tmp_
     with pytest.raises(SystemExit):
         search.main([*SEARCH, "--supernet", str(finished[0] / "supernet"), "--output", str(tmp_path), *options])
     assert message in capsys.readouterr().err
+
+
+def test_training_on_from_the_result_validates_on_what_its_weights_have_not_seen(finished, tmp_path):
+    folder, _ = finished
+    options = ["--cpu", "--threads", "1", "--model", str(folder), "--pretrained", "--epochs", "1", "--lr", "1e-5"]
+    train.main([*options, "--batch-size", "128", "--seed", "7", "--output", str(tmp_path), "--name", "run"])
+    seen, unseen = json.loads((folder / "state" / "data.json").read_text())
+    trained, val = json.loads((tmp_path / "run" / "state" / "data.json").read_text())
+    assert len(val) == 250 and set(val) <= set(unseen) and set(seen) <= set(trained)
 
 
 def test_a_plain_network_is_no_supernet(finished, tmp_path, capsys):
