@@ -10,9 +10,9 @@ as a user deploys them: the plain timm network in eval and inference mode. The f
 machine do nothing else meanwhile: what is read is the wall clock, and a note says so where other programs took much.
 
 How it is measured (see `timm_resnas.nas.latency`): some tens of networks that together hold every piece of the space
-run from end to end with a time stamp between the pieces, taking turns in `--rounds` rounds; of each round the fastest
-repeat counts, and of the rounds the median. A line through the sums, fitted on `--calibration` random networks, makes
-them the latency of a whole network.
+run from end to end with a time stamp between the pieces, taking turns in `--rounds` rounds; the fastest repeat of all
+rounds counts, their median and spread are kept beside it. A line through the sums, fitted on `--calibration` random
+networks, makes them the latency of a whole network.
 
 Then `--verify` other random networks, spread evenly over the space's range of MACs, are measured from end to end, in
 rounds of their own, and compared with the prediction: median and largest error, rank correlation, beside what MACs
@@ -115,7 +115,7 @@ class Records:
                     print(f"{what}: {done}, {format_minutes(now - begin)}, left {format_minutes(left)}", flush=True)
 
     def totals(self, jobs: Jobs) -> list[dict[str, float]]:
-        """Median and spread of each network that was measured from end to end."""
+        """Fastest, median and spread of each network that was measured from end to end."""
         return [summary([r["ms"] for r in self.list if r["job"] == name]) for name in jobs]
 
 

@@ -9,15 +9,15 @@ timed where it stands: some tens of networks, chosen so that together they hold 
 time stamp between the pieces. So caches and memory are in the state that a real forward finds them in, which a piece
 that is repeated on its own would never see.
 
-Other programs on the machine only ever make a piece slower, and the machine's speed drifts. So the networks take turns
-in rounds; of a round's repeats the fastest counts, and of the rounds the median. The spread is the interquartile range
-of the rounds.
+Other programs only ever make a piece slower, on a rented machine those of its other tenants, too, for seconds or
+minutes at a time. So the networks take turns in rounds, and the fastest repeat of all rounds counts: what the device
+can do. Median and interquartile range of the rounds' fastest repeats say what it did meanwhile.
 
 >>> table = LatencyTable.measure(SearchSpace.preset("micro"), Setting.here(batch_size=32, num_threads=1))
 >>> table.save("latency.json")
 >>> search = EvolutionSearch(space, Budget(latency_ms=12), extra_costs=table.costs)
 >>> measure_network(search.top(1)[0], space, table)
-{'ms': 11.83, 'iqr': 0.09}
+{'ms': 11.83, 'median_ms': 11.9, 'iqr': 0.09}
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ _FORMAT = "timm_resnas latency table 1"
 _MAX_CHOICES = 8  # values measured per axis; a network's other values lie between two of them
 _NS = 10**6  # nanoseconds of a millisecond: predictions are sums of integers, the same in any order
 _MIN_REPEATS, _MAX_REPEATS = 3, 1000
+_TIMES = ("ms", "median_ms", "iqr", "samples")
 
 # timm's names (its benchmark.py): the model's own type, or autocast; type of autocast and of weights and images
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
@@ -473,9 +474,9 @@ def _stamps(
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and interquartile range of rounds, as ``dict(ms, iqr)``."""
+    """Fastest, median and interquartile range of rounds, as ``dict(ms, median_ms, iqr)``."""
     low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
-    return {"ms": round(middle, 6), "iqr": round(high - low, 6)}
+    return {"ms": round(float(np.min(values)), 6), "median_ms": round(middle, 6), "iqr": round(high - low, 6)}
 
 
 def run_rounds(
@@ -509,12 +510,12 @@ def run_rounds(
 
 
 def measure(
-    model: torch.nn.Module, setting: Setting, *, rounds: int = 15, min_run_time: float = 0.1
+    model: torch.nn.Module, setting: Setting, *, rounds: int = 30, min_run_time: float = 0.1
 ) -> dict[str, float]:
-    """Latency of a timm model from end to end, in eval and inference mode: milliseconds ``dict(ms, iqr)``.
+    """Latency of a timm model from end to end, in eval and inference mode: ``dict(ms, median_ms, iqr)``, milliseconds.
 
-    The median over rounds of each round's fastest repeat. The model is left on the setting's device and in its
-    precision's type, in eval mode.
+    The fastest repeat of all rounds; median and interquartile range of each round's fastest. The model is left on the
+    setting's device and in its precision's type, in eval mode.
 
     Args:
         model: Any model with timm's ``img_size`` (height, width) and ``in_chans``.
@@ -539,9 +540,9 @@ def measure(
 
 
 def measure_network(
-    arch: Arch | Any, space: SearchSpace, table: LatencyTable, *, rounds: int = 15, min_run_time: float = 0.1
+    arch: Arch | Any, space: SearchSpace, table: LatencyTable, *, rounds: int = 30, min_run_time: float = 0.1
 ) -> dict[str, float]:
-    """Latency of a network of the space from end to end, under the table's conditions: milliseconds ``dict(ms, iqr)``.
+    """Latency of a network of the space from end to end, under the table's conditions, as :func:`measure` gives it.
 
     Args:
         arch: The network, or its ``network_def``.
@@ -637,7 +638,8 @@ class LatencyTable:
         setting: The conditions of the measurement.
         model_args: The space's model arguments that decide latency.
         stem: Type and mid channels of the patch embedding.
-        pieces: Measured pieces: ``dict(ms, iqr, samples)``. Of each kind, stage and head_dim they form a full grid.
+        pieces: Measured pieces: ``dict(ms, iqr, samples)``, and ``median_ms`` where it was measured. Of each kind,
+            stage and head_dim they form a full grid.
         overhead_ms: Of a network, beside ``scale`` times the sum of its pieces; from the calibration.
         scale: See ``overhead_ms``.
         notes: How it was made and how well it predicts, JSON-plain; kept, not read.
@@ -850,7 +852,7 @@ class LatencyTable:
                 raise LatencyError(f"setting must have {', '.join(sorted(known))}; got {', '.join(data['setting'])}")
             pieces = {}
             for i, row in enumerate(data["pieces"]):
-                pieces[_piece(i, row)] = {k: _time(i, row, k) for k in ("ms", "iqr", "samples")}
+                pieces[_piece(i, row)] = {k: _time(i, row, k) for k in _TIMES if k in row or k != "median_ms"}
             kind, mid = data["stem"]
             return cls(
                 Setting(**data["setting"]),
