@@ -485,6 +485,14 @@ def vit(**model_args):
     return top(architecture="vit_tiny_patch16_224", model_args=model_args)
 
 
+def tiny_vit(**model_args):
+    def change(config):
+        config.update(architecture="tiny_vit_5m_224", model_args=model_args)
+        config["pretrained_cfg"]["fixed_input_size"] = False
+
+    return change
+
+
 WIDE = [[4, 65536], *[[1, [65536, 1000, 64], [65536, 65536], 1]] * 500, [2, 65536, 65536]]
 DEEP = "[" * 100_000
 
@@ -523,7 +531,7 @@ HOSTILE = {
         "tables of [0-9,]+ bytes",
     ),
     "table that is filled in a loop": (
-        top(architecture="tiny_vit_5m_224", model_args={"window_sizes": [7, 100, 14, 7]}),
+        tiny_vit(window_sizes=[7, 100, 14, 7]),
         None,
         "a tensor of 100,000,000 numbers",
     ),

@@ -168,7 +168,7 @@ def test_front_as_repositories_and_a_models_folder(remote, run, tmp_path):
     for k in range(1, count + 1):
         assert remote.repo(f"lab/digits-pareto-{k}")["private"]
     publish.main([str(run / "pareto" / "1"), "--repo", "alice/one", "--tag", "v1"])
-    assert remote.files("alice/one") == ["README.md", CONFIG, WEIGHTS, GOLDEN]
+    assert remote.files("alice/one") == ["README.md", CONFIG, WEIGHTS, GOLDEN, "training_data.json"]
     assert fetch(remote, tmp_path, "alice/one", revision="v1") is not None
 
 
