@@ -188,14 +188,15 @@ def report(table: LatencyTable, space: SearchSpace) -> str:
 
 
 def draw(path: Path, table: LatencyTable, title: str) -> None:
-    """Predicted against measured, with the rounds' spread."""
+    """Predicted against measured: the fastest round, and the median one."""
     found = table.notes["verification"]
-    x, y, spread = (np.array([n[k] for n in found["networks"]]) for k in ("predicted_ms", "ms", "iqr"))
+    x, y, middle = (np.array([n[k] for n in found["networks"]]) for k in ("predicted_ms", "ms", "median_ms"))
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
-    ends = np.array([min(x.min(), y.min()) * 0.9, max(x.max(), y.max()) * 1.1])
+    ends = np.array([min(x.min(), y.min()) * 0.9, max(x.max(), middle.max()) * 1.05])
     axes.plot(ends, ends, color="#52606d", linewidth=1)
     axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color="#9aa5b1", alpha=0.25, linewidth=0, label="± 10 %")
-    axes.errorbar(x, y, yerr=spread / 2, fmt="o", markersize=4, linewidth=1, color="#3e7cb1", label="random networks")
+    axes.vlines(x, y, middle, linewidth=1, color="#9aa5b1", label="to the median of the rounds")
+    axes.plot(x, y, "o", markersize=4, color="#3e7cb1", label="random networks, fastest round")
     axes.set(xlim=ends, ylim=ends, xlabel="predicted latency, ms", ylabel="measured latency, ms")
     axes.set_title(title, fontsize=9)
     axes.legend(frameon=False)
