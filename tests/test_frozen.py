@@ -1,7 +1,7 @@
 """Draws, costs, searches and samplers are those of the first version, number by number.
 
-``frozen/space.json`` was written before the search space became independent of the family; the latency in it is a made-up
-price of each layer.
+``frozen/space.json`` was written before the search space became independent of the family; the latency in it is a
+made-up price of each layer.
 """
 
 import hashlib
