@@ -29,8 +29,7 @@ from common import HelpFormatter, RunError, main_guard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_resnas.checks import filter_fn_of
-from timm_resnas.hub import GOLDEN, check_golden, load, save_pretrained
+from timm_resnas.hub import GOLDEN, check_golden, filter_fn_of, load, save_pretrained
 
 WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
 TOLERANCE = 1e-4

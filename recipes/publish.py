@@ -31,7 +31,7 @@ from typing import Any
 
 from common import HelpFormatter, RunError, main_guard
 
-from timm_resnas.hub import CONFIG, EVIDENCE, GOLDEN, WEIGHTS, load, public, push
+from timm_resnas.hub import CONFIG, EVIDENCE, GOLDEN, WEIGHTS, load, push, strip_paths
 from timm_resnas.nas.jsonl import read_jsonl
 
 
@@ -100,13 +100,13 @@ def read_results(run: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise RunError(f"{path} is damaged: {e}") from None
-    clean = public(results)
+    clean = strip_paths(results)
     if isinstance(results.get("command"), str):
         try:
             words = shlex.split(results["command"])
         except ValueError:  # it was not quoted
             words = results["command"].split()
-        clean["command"] = shlex.join(public(word) for word in words)
+        clean["command"] = shlex.join(strip_paths(word) for word in words)
     return clean
 
 
@@ -141,7 +141,7 @@ def results_of_supernet(run: Path, results: dict[str, Any]) -> list[dict[str, An
     accuracy = records[-1]["accuracy"].get("largest") if records else None
     if accuracy is None:
         return []
-    dataset = results.get("dataset") or public(config_info(run / "supernet").get("dataset", "its data"))
+    dataset = results.get("dataset") or strip_paths(config_info(run / "supernet").get("dataset", "its data"))
     more = {"images": results["val_images"]} if "val_images" in results else {}
     evidence = f"{EVIDENCE}/training.jsonl"
     split = "validation part of the search"

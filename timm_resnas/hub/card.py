@@ -11,12 +11,12 @@ from typing import Any
 import huggingface_hub as hf
 from timm.models._registry import model_entrypoint
 
-from .arch import Arch
+from ..arch import Arch
+from ..nas.cost import format_cost
+from ..nas.cost import macs as count_macs
+from ..nas.space import SearchSpace
+from ..version import __version__
 from .checks import Config, read_config, read_header
-from .nas.cost import format_cost
-from .nas.cost import macs as count_macs
-from .nas.space import SearchSpace
-from .version import __version__
 
 __all__ = ["make_card"]
 

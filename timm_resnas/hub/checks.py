@@ -6,32 +6,33 @@ memory and stops when it grows too large, `check_weights` compares a safetensors
 here allocates in proportion to a number that the file states.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from timm.models._registry import model_entrypoint
 from torch import nn
-from torch.nn.modules import module as hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
-__all__ = ["MAX_PARAMS", "Config", "HubError", "build_on_meta", "check_finite", "check_weights", "read_config"]
+from .bounds import SmallTensors, bounded
+from .errors import HubError
+
+__all__ = ["Config", "build_on_meta", "check_finite", "check_golden", "check_weights", "golden_tensors", "read_config"]
+
+CONFIG, WEIGHTS, GOLDEN, CARD = "config.json", "model.safetensors", "test_tensors.safetensors", "README.md"
+PICKLES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 MAX_PARAMS = 8_000_000_000  # the largest models of timm have 7
-
 _MAX_CONFIG_BYTES = 4 << 20  # the largest legitimate ones list 21,000 class names
 _MAX_HEADER_BYTES = 8 << 20
 _MAX_NESTING = 16
@@ -39,11 +40,7 @@ _MAX_VALUES = 200_000
 _MAX_TEXT = 65536
 _MAX_ARG = 1 << 16  # any number among a model's arguments
 _MAX_INPUT = 4096  # pixels
-_MAX_MODULES = 6_000  # timm's largest number is 2,300
-_MAX_ELEMENTS = 1 << 23  # of one tensor that a constructor makes in memory, or of indices
-_MAX_TENSOR = 1 << 28  # elements of one tensor, made on meta
 _MAX_TABLES = 128 << 20  # bytes of tables that are in no file, beside as many as the weights have
-_MAX_SECONDS = 30.0
 
 # arguments of timm's builder rather than of a model
 _BUILDER_ARGS = {
@@ -51,10 +48,6 @@ _BUILDER_ARGS = {
     *("pretrained_model_args", "checkpoint_path", "cache_dir", "features_only", "feature_cfg", "kwargs_filter"),
     *("model_cls", "model_name", "variant", "scriptable", "exportable", "no_jit", "device", "dtype"),
 }
-
-
-class HubError(ValueError):
-    """A model cannot be published or loaded; the message says what is wrong and what would be right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +248,7 @@ def build_on_meta(config: Config, max_params: int = MAX_PARAMS) -> nn.Module:
     if "num_classes" in config.data:
         cfg["num_classes"] = config.data["num_classes"]
     try:
-        with _bounded(config.where, max_params), torch.device("meta"):
+        with bounded(config.where, max_params), torch.device("meta"):
             model = timm.create_model(config.architecture, pretrained_cfg=cfg or None, **config.model_args)
     except HubError:
         raise
@@ -273,94 +266,6 @@ def build_on_meta(config: Config, max_params: int = MAX_PARAMS) -> nn.Module:
     if tables > _MAX_TABLES + stored:
         raise HubError(f"{config.where} describes a network with tables of {tables:,} bytes beside its weights")
     return model
-
-
-@contextlib.contextmanager
-def _bounded(where: str, max_params: int) -> Iterator[None]:
-    """Stop a constructor of this thread that makes too many parameters or modules, or large tensors in memory."""
-    thread, begin = threading.get_ident(), time.monotonic()
-    params = modules = 0
-
-    def on_tensor(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        nonlocal params
-        if threading.get_ident() != thread or tensor is None:
-            return
-        params += tensor.numel()
-        if params > max_params:
-            raise HubError(f"{where} describes a network of more than {max_params:,} parameters (max_params)")
-
-    def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        nonlocal modules
-        if threading.get_ident() != thread:
-            return
-        modules += 1
-        if modules > _MAX_MODULES:
-            raise HubError(f"{where} describes a network of more than {_MAX_MODULES:,} layers")
-        if time.monotonic() - begin > _MAX_SECONDS:
-            raise HubError(f"{where} describes a network that takes longer than {_MAX_SECONDS:g} s to build")
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(on_tensor),
-        hooks.register_module_buffer_registration_hook(on_tensor),
-        hooks.register_module_module_registration_hook(on_module),
-    ]
-    try:
-        with _SmallTensors(where):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _SmallTensors(TorchDispatchMode):
-    """Refuses operations that would make a large tensor in memory; their size is found on meta first."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.where = where
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func.is_view or func is torch.ops.aten._local_scalar_dense.default:  # frequent, and no memory
-            return func(*args, **kwargs)
-        tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, torch.Tensor)]
-        device = kwargs.get("device")
-        real = any(t.device.type != "meta" for t in tensors) if device is None else device.type != "meta"
-        if real or not tensors and device is None:
-            self._check(self._rehearse(func, args, kwargs), _MAX_ELEMENTS)
-        out = func(*args, **kwargs)
-        self._check(out, _MAX_TENSOR)
-        return out
-
-    def _check(self, outputs: Any, limit: int) -> None:
-        for made in outputs if isinstance(outputs, tuple | list) else (outputs,):
-            if not isinstance(made, torch.Tensor):
-                continue
-            # timm fills tables of indices in loops of Python, on meta, too
-            most = min(limit, _MAX_ELEMENTS) if made.dtype in (torch.int32, torch.int64) else limit
-            if made.numel() > most:
-                raise HubError(
-                    f"{self.where} describes a network with a tensor of {made.numel():,} numbers; at most {most:,} "
-                    f"are expected there"
-                )
-
-    @staticmethod
-    def _rehearse(func: Callable, args: tuple, kwargs: dict) -> Any:
-        def to_meta(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            return value
-
-        meta_args, meta_kwargs = tree_map(to_meta, (args, dict(kwargs)))
-        makes = not any(isinstance(a, torch.Tensor) for a in tree_iter((args, kwargs)))
-        if makes or "device" in meta_kwargs:
-            meta_kwargs["device"] = torch.device("meta")
-        try:
-            return func(*meta_args, **meta_kwargs)
-        except Exception:
-            # sizes that depend on values are those of the inputs, which were small; else (randperm), a number says it
-            sizes = [a for a in tree_iter(args) if isinstance(a, int)]
-            return torch.empty(max(sizes), device="meta") if makes and sizes else None
 
 
 # -- weights ------------------------------------------------------------------------------------------------------
@@ -420,7 +325,7 @@ def _filtered(found: dict[str, tuple[str, tuple[int, ...]]], config: Config, mod
         return found  # not this network in another layout
     tensors = {k: torch.empty(shape, device="meta") for k, (_, shape) in found.items()}
     try:
-        with _SmallTensors(where):
+        with SmallTensors(where):
             filtered = filter_fn_of(config.architecture)(tensors, model)
     except HubError:
         raise
@@ -452,3 +357,84 @@ def _some(names: list[str] | Mapping[str, Any]) -> str:
     names = [n if n.isprintable() else repr(n) for n in names]  # they may be a stranger's
     names = [n if len(n) <= 60 else n[:57] + "..." for n in names]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# -- the stored logits -----------------------------------------------------------------------------------------------
+
+
+def golden_tensors(model: nn.Module, input_size: Sequence[int], images: int = 2) -> dict[str, torch.Tensor]:
+    """An input and the logits of a model for it, in evaluation mode.
+
+    Args:
+        model: The model.
+        input_size: Channels, height and width of its images.
+        images: How many.
+
+    Returns:
+        ``input`` ``[images, C, H, W]`` (float16, to be small: its values are exact in float32), ``logits``; of a
+        supernet also ``logits_smallest``, those of its smallest sub-network.
+    """
+    x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(0)).to(torch.float16).float()
+    return {"input": x.to(torch.float16), **outputs_of(model, x)}
+
+
+def outputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    param = next(model.parameters())
+    x = x.to(param.device, param.dtype)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            if not hasattr(model, "space"):  # of a supernet
+                outputs = {"logits": model(x)}
+            else:
+                active = model.active
+                outputs = {}
+                for name, arch in (("logits", None), ("logits_smallest", model.space.smallest)):
+                    model.set_arch(arch)
+                    outputs[name] = model(x)
+                model.set_arch(active)
+    finally:
+        model.train(training)
+    return {k: v.float().cpu().contiguous().clone() for k, v in outputs.items()}
+
+
+def check_golden(model: nn.Module, path: str | os.PathLike, where: str | None = None) -> float:
+    """Compare a model's outputs with the stored ones.
+
+    Returns:
+        The largest difference of a logit; 0.0 on the machine that stored them, rounding elsewhere.
+
+    Raises:
+        HubError: The file does not belong to the model, or its outputs are others.
+    """
+    where = where or str(path)
+    shapes = {k: s for k, (_, s) in read_header(Path(path), where).items()}
+    size = tuple(timm.data.resolve_model_data_config(model)["input_size"])
+    images = (shapes.get("input") or (0,))[0]
+    if not 1 <= images <= 16 or shapes["input"] != (images, *size) or "logits" not in shapes:
+        raise HubError(f"{where} must hold input, 1 to 16 images of {list(size)}, and logits; it has {shapes!r:.200}")
+    stored = load_file(path)
+    outputs = outputs_of(model, stored["input"].float())
+    worst = 0.0
+    for name, expected in stored.items():
+        if name == "input":
+            continue
+        got = outputs.get(name)
+        if got is None or got.shape != expected.shape:
+            raise HubError(f"{where}: {name} {list(expected.shape)} is no output of this model")
+        difference = (got - expected).abs().max().item()
+        # timm's tolerance between machines
+        if not torch.allclose(got, expected.float(), rtol=1e-3, atol=1e-4):
+            raise HubError(
+                f"{where}: {name} of the loaded model differ from the stored ones by {difference:.3g}; the weights "
+                f"or the code that computes the model have changed"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def plain_name(name: str) -> str:
+    if name != os.path.basename(name) or name.startswith(".") or "\\" in name:
+        raise HubError(f"{name!r} is not the plain name of a file beside a model")
+    return name

@@ -1,0 +1,32 @@
+"""Models in timm's own format: save them, publish them on the Hugging Face Hub, load them back.
+
+A model's folder or repository holds
+
+    config.json                as timm writes it; what is ours stands in the block ``timm_resnas``, which timm ignores
+    model.safetensors          the weights
+    test_tensors.safetensors   an input and the logits that belong to it
+    README.md                  in a repository: the model card
+"""
+
+from .checks import CONFIG, GOLDEN, WEIGHTS, check_golden, filter_fn_of
+from .errors import HubError
+from .load import fetch, load, read_file
+from .push import EVIDENCE, PushResult, push, strip_paths
+from .save import save_pretrained
+
+__all__ = [
+    "CONFIG",
+    "EVIDENCE",
+    "GOLDEN",
+    "WEIGHTS",
+    "HubError",
+    "PushResult",
+    "check_golden",
+    "fetch",
+    "filter_fn_of",
+    "load",
+    "push",
+    "read_file",
+    "save_pretrained",
+    "strip_paths",
+]
