@@ -174,9 +174,9 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
-def measured_memory(arch: NetworkDef, img_size: int, in_chans: int = 3, **kwargs) -> int:
+def measured_memory(arch: NetworkDef, img_size, in_chans: int = 3, **kwargs) -> int:
     model = build(arch, device="cpu", img_size=img_size, in_chans=in_chans, **kwargs)
-    image = torch.zeros(1, in_chans, img_size, img_size)
+    image = torch.zeros(1, in_chans, *model.img_size)
     with torch.inference_mode(), LiveMemory(model, image) as memory:
         model(image)
     return memory.peak

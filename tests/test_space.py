@@ -585,8 +585,8 @@ def test_price():
     arch = space.largest
     hidden = sum(b.mlp_hidden for b in arch.blocks if isinstance(b, Block))
     assert space.cost_names == ("macs", "params", "memory", "latency_ms")
-    assert space.costs(arch)["latency_ms"] == 0.1 + hidden / 1000
-    assert space.cost_range("latency_ms") == (0.1 + 0.032, 0.1 + hidden / 1000)
+    assert space.costs(arch)["latency_ms"] == (100 + hidden) / 1000
+    assert space.cost_range("latency_ms") == (0.132, (100 + hidden) / 1000)
     space.price("latency_ms", lambda layer: 1)
     assert space.costs(arch)["latency_ms"] == len(arch.layers(**space.model_args))
     for price in (-1, 0.5, None):
