@@ -142,9 +142,10 @@ class VitResNasSpace(SearchSpace):
     def decode(self, rows: np.ndarray) -> list[NetworkDef]:
         """See `SearchSpace.decode`."""
         archs = []
-        for row in rows.tolist():
-            entries = [made[genes(row)] for genes, made in self._makers]
-            archs.append(NetworkDef(entries[0], tuple(entries[1:-1]), entries[-1]))
+        for start in range(0, len(rows), 1024):  # lists of integers take many times the room of rows
+            for row in rows[start : start + 1024].tolist():
+                entries = [made[genes(row)] for genes, made in self._makers]
+                archs.append(NetworkDef.trusted(entries[0], tuple(entries[1:-1]), entries[-1]))
         return archs
 
     def encode(self, arch: NetworkDef) -> np.ndarray:

@@ -129,6 +129,14 @@ class NetworkDef(Arch):
         if self.head.dim != dim:
             raise ArchError(_mismatch(len(self.blocks) + 1, self.head, "C", self.head.dim, dim))
 
+    @classmethod
+    def trusted(cls, patch_embed: PatchEmbed, blocks: tuple[Block | Reduction, ...], head: Head) -> NetworkDef:
+        """As the constructor, for entries that fit by construction: a third of the time of drawing goes into checks."""
+        arch = object.__new__(cls)
+        for name, value in (("patch_embed", patch_embed), ("blocks", blocks), ("head", head), ("_key", "")):
+            object.__setattr__(arch, name, value)
+        return arch
+
     # -- parsing and printing -----------------------------------------------------------------------------------
 
     @classmethod

@@ -372,7 +372,7 @@ class SearchSpace(ABC):
         Raises:
             BudgetError: The space has no such price.
         """
-        return self.table(name).range()
+        return self.table(name).range
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
@@ -402,25 +402,24 @@ class SearchSpace(ABC):
         if budget is None:
             return self.decode(self.normalise(self._uniform(n, rng)))
         self.check_budget(budget)
-        found: list[np.ndarray] = []
-        have, tried, rate = 0, 0, 0.5
+        found: list[Arch] = []
+        tried, rate = 0, 0.5
         nearest = _NearestMiss(budget)
-        while have < n and tried < (4 * _MAX_PROPOSALS if have else _MAX_PROPOSALS):
-            batch = min(math.ceil((n - have) / rate * 1.05) + 4, 4096)
+        while len(found) < n and tried < (4 * _MAX_PROPOSALS if found else _MAX_PROPOSALS):
+            batch = min(math.ceil((n - len(found)) / rate * 1.05) + 4, 4096)
             rows = self._generate(batch, rng, budget)
             tried += len(rows)
             good = self._within(rows, budget)
-            if not have and not good.any():
+            if not found and not good.any():
                 nearest.note({name: self.table(name).cost(rows) for name, _ in budget})
-            found.append(rows[good][: n - have])
-            have += len(found[-1])
-            rate = max((have + 0.5) / tried, 1e-4)
-        if not have:
+            found += self.decode(rows[good][: n - len(found)])
+            rate = max((len(found) + 0.5) / tried, 1e-4)
+        if not found:
             raise BudgetError(
                 f"no network of the space was found within {budget} in {tried} random tries{nearest}; widen the band "
                 f"(lower is {budget.lower}) or loosen a limit"
             )
-        return self.decode(np.concatenate(found))
+        return found
 
     def mutate(self, arch: Arch, rng: np.random.Generator, prob: float = 0.3, budget: Budget | None = None) -> Arch:
         """One mutation of ``arch``, see `mutate_many`.

@@ -7,6 +7,7 @@ array operations, and every cost, counted or measured, goes the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -86,9 +87,9 @@ class Table:
         self._flat = np.concatenate([cells.ravel() for _, cells in self._factors])
 
         # a unit gene that one position depends on: where its cells lie, given that position's other genes
-        wide = max(len(position.genes) for position in positions)
-        self._columns = np.zeros((len(genes), wide), np.intp)
-        self._steps = np.zeros((len(genes), wide), np.intp)
+        wide = max(len(position.genes) for position in positions) - 1
+        self._columns = np.zeros((wide, len(genes)), np.intp)
+        self._steps = np.zeros((wide, len(genes)), np.intp)
         self._first = np.zeros(len(genes), np.intp)
         self._own = np.zeros(len(genes), np.intp)
         self.local = np.zeros(len(genes), bool)
@@ -97,8 +98,8 @@ class Table:
             if reduce != "sum" or gene.kind != "unit" or len(at) != 1:
                 continue
             others = [c for c in positions[at[0]].genes if c != g]
-            self._columns[g, : len(others)] = others
-            self._steps[g, : len(others)] = self._strides[others, at[0]]
+            self._columns[: len(others), g] = others
+            self._steps[: len(others), g] = self._strides[others, at[0]]
             self._first[g], self._own[g], self.local[g] = self._starts[at[0]], self._strides[g, at[0]], True
 
     def cost(self, rows: np.ndarray) -> np.ndarray:
@@ -109,12 +110,15 @@ class Table:
 
     def drop(self, rows: np.ndarray, gene: np.ndarray, index: np.ndarray) -> np.ndarray:
         """What the cost of each row loses as its local gene goes one step down from ``index``, [n]; else 0."""
-        others = rows[np.arange(len(rows))[:, None], self._columns[gene]]
-        at = self._first[gene] + (others * self._steps[gene]).sum(axis=1) + self._own[gene] * index
-        loss = self._flat[at] - self._flat[np.minimum(at + self._own[gene], len(self._flat) - 1)]
-        loss = np.where(self.local[gene], loss, 0)
+        each, step = np.arange(len(rows)), self._own[gene]
+        at = self._first[gene] + step * index
+        for columns, strides in zip(self._columns, self._steps, strict=True):
+            at += rows[each, columns[gene]] * strides[gene]
+        # of genes that are not local the step is 0, and at the last choice nothing follows
+        loss = self._flat[at] - self._flat[np.minimum(at + step, len(self._flat) - 1)]
         return loss if self.unit == 1 else loss / self.unit
 
+    @cached_property
     def range(self) -> tuple[float, float]:
         """Least and greatest cost of any combination of genes, exact: genes are eliminated one by one."""
         join = np.add if self.reduce == "sum" else np.maximum
