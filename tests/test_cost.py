@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.arch import ArchError
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.models.vit_resnas import VitResNas
 from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.space import SearchSpace
 
 
@@ -60,14 +60,6 @@ def build(arch: NetworkDef, device: str = "meta", **kwargs) -> nn.Module:
     with torch.device(device):
         model = timm.create_model("vit_resnas", network_def=arch.to_network_def(), **kwargs)
     return model.eval().requires_grad_(False)
-
-
-def counted_macs(model: nn.Module, in_chans: int, size: tuple[int, int]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, in_chans, *size, device="meta"))
-    total = counter.get_total_flops()
-    assert total % 2 == 0
-    return total // 2
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -121,7 +113,7 @@ def test_equals_counter_of_built_models(space, size, monkeypatch):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.GELU):
                 module.forward = nn.Identity().forward
-        assert macs(arch, img_size=size) == counted_macs(model, 3, (size, size))
+        assert macs(arch, img_size=size) == count_macs(model, (3, size, size))
 
 
 def space_picks(space: SearchSpace, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -146,7 +138,7 @@ def test_equals_counter_of_unusual_models(kind, kwargs):
     size = size if isinstance(size, tuple) else (size, size)
     assert params(arch, **kwargs) == sum(p.numel() for p in model.parameters())
     kwargs.pop("patch_head", None)
-    assert macs(arch, **kwargs) == counted_macs(model, kwargs.get("in_chans", 3), size)
+    assert macs(arch, **kwargs) == count_macs(model, (kwargs.get("in_chans", 3), *size))
 
 
 class LiveMemory(TorchDispatchMode):
