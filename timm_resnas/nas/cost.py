@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-__all__ = ["Budget", "BudgetError", "budget_violation", "format_cost"]
+from ..arch import Layer
+
+__all__ = ["Budget", "BudgetError", "budget_violation", "describe_layers", "format_cost"]
 
 _NAMES = ("macs", "params", "latency_ms", "memory")
 _KINDS = {"macs": "count", "params": "count", "latency_ms": "time", "memory": "bytes"}
@@ -169,6 +171,30 @@ def budget_violation(budget: Budget | None, costs: Mapping[str, int | float]) ->
     floor, limit = budget.band
     below = max(0.0, (floor - costs[budget.first]) / limit)
     return below + sum(max(0.0, costs[name] / limit - 1) for name, limit in budget)
+
+
+def describe_layers(layers: Iterable[Layer]) -> str:
+    """A network as a Markdown table: neighbouring attention and MLP layers of one width share a row."""
+    runs: list[tuple[Any, list[Layer]]] = []
+    for layer in layers:
+        shape = dict(layer.shape)
+        block = layer.kind in ("attention", "mlp")
+        key = (shape.get("tokens"), shape.get("dim")) if block else object()
+        if not runs or runs[-1][0] != key:
+            runs.append((key, []))
+        runs[-1][1].append(layer)
+    rows = ["| layers | shape | MACs | parameters |", "|---|---|---|---|"]
+    for _, run in runs:
+        kinds = [layer.kind for layer in run]
+        counts = [f"{kinds.count(k)} {k}" if len(run) > 1 else k for k in dict.fromkeys(kinds)]
+        shape: dict[str, list[int]] = {}
+        for layer in run:
+            for name, value in layer.shape:
+                shape.setdefault(name, []).append(value)
+        texts = [f"{n} {v[0] if len(set(v)) == 1 else ' '.join(map(str, v))}" for n, v in shape.items()]
+        macs, params = (sum(getattr(layer, n) for layer in run) for n in ("macs", "params"))
+        rows.append(f"| {', '.join(counts)} | {', '.join(texts)} | {macs:,} | {params:,} |")
+    return "\n".join(rows)
 
 
 def format_cost(name: str, value: float) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..arch import Arch
-from .cost import Budget, budget_violation
+from .cost import Budget, budget_violation, format_cost
 from .evolution import Search, _count, rank_key
 from .space import BudgetError, SearchSpace
 
@@ -85,6 +85,13 @@ class ParetoSearch(Search):
         # what objectives are measured by: the largest network, of the whole space whatever the budget
         self._largest = space.costs(space.largest)
         self.objectives = _check_objectives(objectives, self._largest)
+        for name in self.objectives:
+            least, most = space.cost_range(name)
+            if least == most and space.size() > 1:
+                raise ValueError(
+                    f"all networks of the space have {name} {format_cost(name, most)}, which cannot be an objective; "
+                    f"choose among {', '.join(n for n in self._largest if n != name)}"
+                )
         self.population = _count("population", population)
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)

@@ -535,6 +535,14 @@ class SearchSpace(ABC):
                     f"{high}{hint}"
                 )
 
+    def idle_limits(self, budget: Budget) -> dict[str, float]:
+        """Limited costs that are the same for all networks, so that their limit chooses nothing, and their value.
+
+        The peak of activations is often such a cost: the stem, which is not searched, decides it.
+        """
+        ranges = {name: self.cost_range(name) for name, _ in budget}
+        return {name: least for name, (least, most) in ranges.items() if least == most}
+
     def _within(self, rows: np.ndarray, budget: Budget) -> np.ndarray:
         """Which rows meet the budget, [n] bool."""
         good = np.ones(len(rows), bool)
