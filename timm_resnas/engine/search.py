@@ -113,8 +113,8 @@ def split_unseen(
             raise
         if not options.allow_leak:
             raise RunError(
-                f"{sum(seen)} of the {len(seen)} images of {options.dataset} were trained on by {options.supernet}: {e}. "
-                f"Search with the --val-per-class and --val-fraction that it was trained with, or --allow-leak"
+                f"{sum(seen)} of the {len(seen)} images of {options.dataset} were trained on by {options.supernet}: "
+                f"{e}. Search with the --val-per-class and --val-fraction that it was trained with, or --allow-leak"
             ) from None
         train_indices, val = split_search_val(splits.train, **sizes, avoid=tested)
     leaked = sum(seen[i] for i in val)
