@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -14,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 
@@ -29,7 +31,7 @@ from ..data import (
     train_transform,
     training_record,
 )
-from ..hub import save_pretrained
+from ..hub import load, save_pretrained
 from ..nas.evaluate import count_correct
 from ..nas.sampling import MultiArchSampler, SandwichSampler
 from ..nas.space import SearchSpace
@@ -42,7 +44,7 @@ from .seeds import Stream, generator, step_seed
 from .settings import SupernetOptions
 from .training import Training, check_passes
 
-__all__ = ["SearchData", "make_sampler", "open_space", "prepare", "train_supernet", "val_batches"]
+__all__ = ["SearchData", "make_sampler", "open_run", "open_space", "prepare", "train_supernet", "val_batches"]
 
 SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
 
@@ -260,3 +262,23 @@ def load_weights(net: Supernet, folder: Path) -> None:
         net.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as e:
         raise RunError(f"{path} does not fit the space: {str(e).splitlines()[-1].strip()}") from None
+
+
+def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
+    """Options, data and supernet of a finished run of supernet.py or search.py.
+
+    Raises:
+        RunError: The folder holds no such run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{folder} holds no config.yaml; expected the folder of a finished run")
+    config = Run.read_config(path)
+    known = {field.name for field in dataclasses.fields(SupernetOptions)}
+    options = SupernetOptions(**{k: v for k, v in config.items() if k in known})
+    train, val = read_json(folder / "state" / "data.json")[:2]
+    net = load(config.get("supernet") or folder / "supernet").eval()
+    space = net.space
+    if config.get("supernet") and config.get("space"):  # a part of the supernet's
+        space = open_space(config["space"]).at(**space.model_args)
+    return options, SearchData(open_splits(options), space, train, val, resolve_model_data_config(net)), net
