@@ -79,6 +79,12 @@ class Family:
 FAMILIES = {
     "vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
     "supernet": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
+    "sepvit": Family(
+        "NCHW",
+        size=128,
+        pool="max",
+        small=dict(img_size=128, embed_dims=(16, 24, 32, 48), depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    ),
     "sret": Family("NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))),
     "exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
     "cait_study": Family("NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)),
