@@ -79,7 +79,32 @@ class Family:
 FAMILIES = {
     "vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
     "supernet": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
+    "reformer": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        # one round of hashing: torch's fused attention has no sums to combine more
+        small=dict(img_size=64, patch_size=4, embed_dim=48, depth=3, num_heads=3, bucket_size=16, num_hashes=1),
+    ),
+    "sepvit": Family(
+        "NCHW",
+        size=128,
+        pool="max",
+        small=dict(img_size=128, embed_dims=(16, 24, 32, 48), depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    ),
     "sret": Family("NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))),
+    "uninet": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        small=dict(
+            repeats=(1, 1, 1, 1, 1, 2),
+            channels=(16, 16, 24, 24, 32, 48),
+            stem_width=16,
+            head_width=64,
+            head_dim=8,
+        ),
+    ),
     "exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
     "cait_study": Family("NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)),
 }
