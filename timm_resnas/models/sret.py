@@ -280,9 +280,10 @@ class SReT(nn.Module):
         if img_size is None:
             return
         grid = self._grid(img_size)
-        with torch.no_grad():
-            resampled = resample_pos_embed(self.pos_embed, *grid)
-        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        if grid != tuple(self.pos_embed.shape[2:]):
+            with torch.no_grad():
+                resampled = resample_pos_embed(self.pos_embed, *grid)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         for s, stage in enumerate(self.stages):
             for block in stage.blocks:
                 block.attn.init_permutations(self._num_tokens(grid, s))
