@@ -18,9 +18,9 @@ import time
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas  # noqa: F401  (registers the models)
+from timm_resnas.nas.count import count_macs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,14 +47,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.baseline = args.baseline or args.models[0]
     args.models = list(dict.fromkeys([args.baseline, *args.models]))
     return args
-
-
-def count_macs(name: str, img_size: int | None) -> int:
-    """MACs at batch 1, counted without computing anything."""
-    model, images = build(name, img_size, 1, torch.device("meta"))
-    with FlopCounterMode(display=False) as counter:
-        model(images)
-    return counter.get_total_flops() // 2
 
 
 def build(name: str, img_size: int | None, batch_size: int, device: torch.device):
@@ -100,10 +92,10 @@ def main(argv: list[str] | None = None) -> dict:
     base = statistics.median(runs[args.baseline][2])
     results = {}
     print(f"{'model':32} {'params M':>9} {'MACs M':>9} {'img/s':>9} {'slowest':>9} {'fastest':>9} {'ratio':>7}")
-    for name, (model, _, seconds) in runs.items():
+    for name, (model, images, seconds) in runs.items():
         row = dict(
             params=sum(p.numel() for p in model.parameters()),
-            macs=count_macs(name, args.img_size),
+            macs=count_macs(model, tuple(images.shape[1:])),
             images_per_second=args.batch_size / statistics.median(seconds),
             slowest=args.batch_size / max(seconds),
             fastest=args.batch_size / min(seconds),

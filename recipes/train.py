@@ -78,7 +78,6 @@ from training import (
     agree,
     augmentation,
     check_weights,
-    count_macs,
     cut_validation,
     diverged,
     full_precision,
@@ -107,6 +106,7 @@ from timm_resnas.data import (
     train_transform,
 )
 from timm_resnas.hub import save_pretrained
+from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
 from timm_resnas.tasks import (
     HardLabelDistillationTask,

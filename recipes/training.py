@@ -22,7 +22,6 @@ from timm.models import load_state_dict, resolve_model_input_args
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.data import (
@@ -43,7 +42,6 @@ __all__ = [
     "agree",
     "augmentation",
     "check_weights",
-    "count_macs",
     "cut_validation",
     "diverged",
     "full_precision",
@@ -256,27 +254,6 @@ def record_of(name: str) -> dict[str, Any] | None:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         raise RunError(f"training_data.json of {name} is damaged: it is not JSON") from None
-
-
-def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates at batch 1 in eval mode: convolutions, linear layers, attention products.
-
-    Args:
-        model: On any device; it is left as it was.
-        input_size: (C, H, W).
-    """
-    training, device = model.training, next(model.parameters()).device
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:  # the counter's hooks fail under no_grad where parameters want gradients
-        p.requires_grad_(False)
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, device=device))
-    finally:
-        model.train(training)
-        for p in frozen:
-            p.requires_grad_(True)
-    return counter.get_total_flops() // 2
 
 
 @contextlib.contextmanager

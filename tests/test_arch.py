@@ -1,28 +1,33 @@
+import json
+
 import pytest
 import timm
 
-from timm_resnas.arch import Arch, ArchError, Block, Reduction
+from timm_resnas.arch import Arch, ArchError
+from timm_resnas.models.network_def import Block, NetworkDef, Reduction
 
 DEF = ((4, 24), (1, (24, 2, 16), (24, 48), 1), (3, 24, 40), (1, (40, 5, 8), (40, 80), 0), (2, 40, 16))
 
 
 @pytest.mark.parametrize("form", [DEF, str(DEF), str(DEF).replace("(", "[").replace(")", "]"), f"  {DEF}\n"])
 def test_forms_are_equal(form):
-    arch = Arch.from_network_def(form)
+    arch = NetworkDef.from_network_def(form)
     assert arch.to_network_def() == DEF
-    assert Arch.from_json(arch.to_json()) == arch == Arch.from_network_def(str(arch))
-    assert hash(arch) == hash(Arch.from_network_def(DEF))
+    assert NetworkDef.from_network_def(str(arch)) == arch == NetworkDef.parse(form)
+    record = json.loads(json.dumps(arch.record()))
+    assert Arch.from_record(record) == Arch.of(**record) == NetworkDef.parse(record) == NetworkDef.parse(arch) == arch
+    assert hash(arch) == hash(NetworkDef.from_network_def(DEF))
 
 
 def test_every_entry_type_round_trips():
     for first in ((0, 8), (4, 8), (5, 8, 3)):
         network_def = (first, (1, (8, 1, 8), (8, 3), 1), (3, 8, 8), (2, 8, 0))
-        assert Arch.from_network_def(network_def).to_network_def() == network_def
+        assert NetworkDef.from_network_def(network_def).to_network_def() == network_def
 
 
 def test_key_ignores_genes_of_absent_blocks_only():
     def variant(heads, hidden, exists):
-        return Arch.from_network_def((DEF[0], (1, (24, heads, 16), (24, hidden), exists), *DEF[2:]))
+        return NetworkDef.from_network_def((DEF[0], (1, (24, heads, 16), (24, hidden), exists), *DEF[2:]))
 
     assert variant(2, 48, 0).key() == variant(1, 7, 0).key()
     keys = {variant(2, 48, 1).key(), variant(1, 48, 1).key(), variant(2, 7, 1).key(), variant(2, 48, 0).key()}
@@ -31,14 +36,14 @@ def test_key_ignores_genes_of_absent_blocks_only():
 
 def test_key_keeps_positions_and_canonical_does_not():
     block, absent = (1, (8, 1, 8), (8, 16), 1), (1, (8, 1, 8), (8, 16), 0)
-    first = Arch.from_network_def(((0, 8), absent, block, (2, 8, 2)))
-    second = Arch.from_network_def(((0, 8), block, absent, (2, 8, 2)))
+    first = NetworkDef.from_network_def(((0, 8), absent, block, (2, 8, 2)))
+    second = NetworkDef.from_network_def(((0, 8), block, absent, (2, 8, 2)))
     assert first.key() != second.key()
-    assert first.canonical() == second.canonical() == Arch.from_network_def(((0, 8), block, (2, 8, 2)))
+    assert first.canonical() == second.canonical() == NetworkDef.from_network_def(((0, 8), block, (2, 8, 2)))
 
 
 def test_shape_properties():
-    arch = Arch.from_network_def(DEF)
+    arch = NetworkDef.from_network_def(DEF)
     assert arch.embed_dims == (24, 40)
     assert arch.depths == (1, 0)
     assert [len(s) for s in arch.stages] == [1, 1]
@@ -78,7 +83,7 @@ def test_shape_properties():
 )
 def test_errors_name_the_entry_and_what_was_expected(network_def, message):
     with pytest.raises(ArchError, match=message):
-        Arch.from_network_def(network_def)
+        NetworkDef.from_network_def(network_def)
 
 
 @pytest.mark.parametrize("img_size, near", [(200, "224x224"), ((224, 200), "224x224"), (20, "56x56")])
@@ -89,5 +94,25 @@ def test_image_size_error_names_a_size_that_works(img_size, near):
 
 def test_odd_patch_size():
     with pytest.raises(ArchError, match="must be even"):
-        Arch.from_network_def(DEF).grids(15, 15)
-    assert Arch.from_network_def(((0, 8), (2, 8, 2))).grids(15, 5) == ((3, 3),)
+        NetworkDef.from_network_def(DEF).grids(15, 15)
+    assert NetworkDef.from_network_def(((0, 8), (2, 8, 2))).grids(15, 5) == ((3, 3),)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, {}, {"model": "resnet18", "args": {}}, {"model": "vit_resnas"}, {"model": ["vit_resnas"], "args": {}}],
+)
+def test_records_of_other_things(record):
+    with pytest.raises(ArchError, match="an architecture's record has a model"):
+        Arch.from_record(record)
+
+
+def test_parse_says_what_it_takes():
+    assert Arch.of("resnet18", {}) is None
+    for value, message in (
+        ({"model": "resnet18", "args": {}}, "the architecture is a 'resnet18', expected a 'vit_resnas'"),
+        ({"widths": []}, "vit_resnas is described by network_def; got widths"),
+        (3.5, "expected an architecture of 'vit_resnas' or its arguments, got float"),
+    ):
+        with pytest.raises(ArchError, match=message):
+            NetworkDef.parse(value)

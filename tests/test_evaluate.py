@@ -9,7 +9,7 @@ import timm
 import torch
 
 import timm_resnas.nas.evaluate as module
-from timm_resnas.nas.evaluate import Evaluator, _hopeless, count_correct
+from timm_resnas.nas.evaluate import Evaluator, _below, count_correct
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl
 
 
@@ -54,7 +54,7 @@ def test_without_room_for_stems_candidates_share_a_pass(net, batches, archs, tru
             passes.append(1)
             return iter(batches)
 
-    monkeypatch.setattr(module, "STEM_CACHE_BYTES", 1000)
+    monkeypatch.setattr(module, "SHARED_CACHE_BYTES", 1000)
     evaluator = Evaluator(net, Counted())
     assert evaluator.score(archs) == truth
     assert len(passes) == 1 + 2  # one that finds no room, then 8 candidates and 1
@@ -85,7 +85,7 @@ class Team:
         self.world, self.lock, self.counts, self.lists = world, threading.Lock(), Counter(), []
         self.barrier = threading.Barrier(world)
 
-    def take(self, name):
+    def next_index(self, name):
         with self.lock:
             self.counts[name] += 1
             return self.counts[name] - 1
@@ -129,7 +129,14 @@ def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
         own = timm.create_model("vit_resnas_supernet", space="micro").eval()
         own.load_state_dict(net.state_dict())
         evaluator = Evaluator(
-            own, batches, folder=tmp_path, fingerprint="w", rank=rank, world=3, gather=team.gather, take=team.take
+            own,
+            batches,
+            folder=tmp_path,
+            fingerprint="w",
+            rank=rank,
+            world=3,
+            gather=team.gather,
+            next_index=team.next_index,
         )
         original = evaluator._count
 
@@ -153,35 +160,35 @@ def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
 
 
 def test_several_processes_need_a_counter(net, batches):
-    with pytest.raises(ValueError, match="gather and take"):
+    with pytest.raises(ValueError, match="gather and next_index"):
         Evaluator(net, batches, world=2, gather=list)
 
 
-def test_first_look_by_hand():
+def test_prescreen_by_hand():
     # 10 of 100 seen, 50 needed of 200: the estimate 20 and twice its error of 2.1 % (4.2 images) stay below
-    assert _hopeless(10, 100, 200, at_least=50) == 20
-    assert _hopeless(24, 100, 200, at_least=50) is None
+    assert _below(10, 100, 200, at_least=50) == 20
+    assert _below(24, 100, 200, at_least=50) is None
     # sqrt(.24 * .76 / 100 * 100 / 199) = 3.03 %: 48 + 2 * 6.05 = 60.1
-    assert _hopeless(24, 100, 200, at_least=61) == 48 and _hopeless(24, 100, 200, at_least=60) is None
-    assert _hopeless(0, 5, 200, at_least=1) == 0
+    assert _below(24, 100, 200, at_least=61) == 48 and _below(24, 100, 200, at_least=60) is None
+    assert _below(0, 5, 200, at_least=1) == 0
 
 
-def test_first_look_ends_what_cannot_be_a_parent_and_nothing_else(net, batches, archs, truth, tmp_path):
+def test_prescreen_stops_what_cannot_be_a_parent_and_nothing_else(net, batches, archs, truth, tmp_path):
     look, rest = batches[:1], batches[1:]
     seen = [count_correct(net.extract(a).eval(), look)[0] for a in archs]
     at_least = max(truth) + 4
-    expected = [_hopeless(s, 12, 36, at_least) for s in seen]
+    expected = [_below(s, 12, 36, at_least) for s in seen]
     assert None in expected and any(e is not None for e in expected)
 
     def make():
-        return Evaluator(net, rest, first_look=look, folder=tmp_path, fingerprint="f")
+        return Evaluator(net, rest, prescreen=look, folder=tmp_path, fingerprint="f")
 
     evaluator = make()
     scores = evaluator.score(archs, at_least=at_least)
     assert scores == [t if e is None else e for t, e in zip(truth, expected, strict=True)]
     for arch, e in zip(archs, expected, strict=True):
-        record = evaluator.record(arch, first_look=True)
-        assert ("looked" in record) == (e is not None) and record.get("looked", 12) == 12
+        record = evaluator.record(arch, prescreened=True)
+        assert ("prescreened" in record) == (e is not None) and record.get("prescreened", 12) == 12
     # scored in full when asked; and a search that goes on sees again what it saw
     assert evaluator.score(archs) == truth
     again = make()

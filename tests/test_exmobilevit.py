@@ -5,9 +5,9 @@ import safetensors.torch
 import timm
 import torch
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_resnas.models.exmobilevit import checkpoint_filter_fn
+from timm_resnas.nas.count import count_macs
 
 SMALL = dict(body="mobilevit_xxs", num_classes=5)
 
@@ -32,10 +32,8 @@ def small(**kwargs):
 
 
 def count(name, **kwargs):
-    model = timm.create_model(name, **kwargs).eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 256, 256))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    model = timm.create_model(name, device="meta", **kwargs)
+    return sum(p.numel() for p in model.parameters()), count_macs(model, (3, 256, 256))
 
 
 def test_logits_of_the_released_code(released):

@@ -16,8 +16,10 @@ pytest.importorskip("pymoo")
 import benchmark_pareto
 from test_evolution import every_network, separable_score, small_space, toy_score
 
-from timm_resnas.arch import Arch, Block
+from timm_resnas.arch import Arch
+from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.hub import save_pretrained
+from timm_resnas.models.network_def import Block
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.evolution import EvolutionSearch
 from timm_resnas.nas.pareto import ParetoSearch, budget_violation, survivors
@@ -253,7 +255,7 @@ def test_history():
     assert [r["origin"] for r in history] == ["initial"] * 20 + (["mutation"] * 8 + ["crossover"] * 7) * 3
     assert len({r["key"] for r in history}) == len(history)
     for record in history:
-        arch = Arch.from_network_def(record["network_def"])
+        arch = Arch.from_record(record)
         assert record["key"] == arch.key() and record["score"] == toy_score(arch)
         assert {**MICRO.costs(arch), **record} == record
         assert record["params"] <= 700_000 and record["macs"] <= 14_000_000
@@ -302,7 +304,7 @@ def test_children_come_from_survivors_and_differ_little(monkeypatch):
     counts = [sum(p.key() == key for p in parents) for key in kept]
     assert sum(counts) == len(parents) > 15
     assert sum(counts[:5]) > 1.5 * sum(counts[5:])  # the tournaments' odds are 3 to 1
-    assert search.mutation_prob == pytest.approx(2 / len(MICRO.layers))
+    assert search.mutation_prob == pytest.approx(2 / len(MICRO.searched))
     assert {a.key() for a in children}.isdisjoint(r["key"] for r in search.history)
 
 
@@ -382,7 +384,7 @@ def test_budget_that_the_generator_misses(monkeypatch):
 
 def test_a_single_network():
     network_def = ((0, 16), (1, (16, 2, 8), (16, 32), 1), (2, 16, 5))
-    space = SearchSpace(network_def, [[16], dict(attn=[16], mlp=[32], layer=None), None], img_size=16, patch_size=4)
+    space = VitResNasSpace(network_def, [[16], dict(attn=[16], mlp=[32], layer=None), None], img_size=16, patch_size=4)
     search = run(ParetoSearch(space, None, 0, max_score=100), lambda arch: 60)
     assert len(search.history) == len(search.front()) == 1
     assert search.hypervolume() == 0 and search.hypervolume({"macs": 2 * search.history[0]["macs"]}) == 0.3
@@ -396,14 +398,15 @@ def test_all_scores_equal():
 
 
 def test_latency_objective_and_budget():
-    def latency(arch):
-        return {"latency_ms": 0.1 + 1e-3 * sum(b.mlp_hidden for b in arch.blocks if isinstance(b, Block) and b.exists)}
-
+    space = SearchSpace.preset("micro")
+    space.price("latency_ms", lambda layer: 1000 * dict(layer.shape).get("hidden", 0), unit=10**6, base=10**5)
     budget = Budget(latency_ms=2.0, macs=14_000_000)
-    search = run(ParetoSearch(MICRO, budget, 0, objectives=("macs", "latency_ms"), extra_costs=latency, **SMALL))
+    search = run(ParetoSearch(space, budget, 0, objectives=("macs", "latency_ms"), **SMALL))
     assert len(search.history) == 65
     for record in search.history:
-        assert record["latency_ms"] == latency(Arch.from_network_def(record["network_def"]))["latency_ms"] <= 2
+        blocks = [b for b in Arch.from_record(record).blocks if isinstance(b, Block) and b.exists]
+        assert record["latency_ms"] == pytest.approx(0.1 + 1e-3 * sum(b.mlp_hidden for b in blocks), rel=1e-12)
+        assert record["latency_ms"] <= 2
         assert record["macs"] <= 14_000_000
     assert search.front() == sorted(search.front(), key=lambda r: (r["macs"], r["latency_ms"]))
 
@@ -414,7 +417,7 @@ def test_latency_objective_and_budget():
         (dict(objectives=()), "needs a cost beside the score; name one or more of macs, params, memory"),
         (dict(objectives=("flops",)), "unknown objective 'flops'; known costs: macs, params, memory"),
         (dict(objectives=("score", "macs")), "unknown objective 'score'.*the score is always an objective"),
-        (dict(objectives=("latency_ms",)), "latency_ms is measured; pass extra_costs"),
+        (dict(objectives=("latency_ms",)), "latency_ms is measured; price it from a latency table"),
         (dict(objectives=("macs", "macs")), "named twice: macs, macs"),
         (dict(parents=0), "parents must be an integer of at least 1, got 0"),
         (dict(mutations=-1), "mutations must be an integer of at least 0"),
@@ -431,7 +434,7 @@ def test_budget_out_of_reach():
     with pytest.raises(BudgetError, match="below the smallest"):
         ParetoSearch(MICRO, Budget(macs=1_000_000))
     ParetoSearch(MICRO, Budget(macs=10**12))  # limits nothing, which is no error without a band
-    with pytest.raises(BudgetError, match="limits latency_ms, which shapes do not give"):
+    with pytest.raises(BudgetError, match="no price for latency_ms"):
         ParetoSearch(MICRO, Budget(latency_ms=3))
 
 

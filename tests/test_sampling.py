@@ -18,8 +18,8 @@ def test_counts_of_open_entries_differ_by_at_most_one(space, num_archs, epoch):
     sampler = MultiArchSampler(space, num_archs, seed=3)
     for step in range(20):
         picks = sampler.picks(epoch, step)
-        for column, layer in zip(picks.T, space.layers, strict=True):
-            n = sampler.num_open(len(layer.choices), epoch)
+        for column, gene in zip(picks.T, space.searched, strict=True):
+            n = sampler.num_open(len(gene.draws), epoch)
             counts = np.bincount(column, minlength=n)
             assert len(counts) == n and counts.max() - counts.min() <= 1
 
@@ -61,7 +61,7 @@ def test_layers_are_independent_and_uniform(space):
     """Chi-square of one group's draws: each layer alone, and pairs of layers jointly."""
     sampler = MultiArchSampler(space, 4, seed=5, warmup_epochs=0)
     picks = np.stack([sampler.picks(0, step)[0] for step in range(4000)])
-    sizes = [len(layer.choices) for layer in space.layers]
+    sizes = [len(gene.draws) for gene in space.searched]
     for a, b in [(0, 1), (1, 2), (2, 3), (3, 8), (10, 40)]:
         joint = Counter(zip(picks[:, a], picks[:, b], strict=True))
         cells = sizes[a] * sizes[b]
@@ -90,9 +90,10 @@ def test_bad_arguments(space):
 def test_counts_hold_over_all_processes_together(space):
     sampler = MultiArchSampler(space, 8, seed=4, warmup_epochs=0)
     dealt = [a for rank in range(4) for a in sampler.archs(0, 3, rank, 4)]
-    for i, layer in enumerate(space.largest.blocks):
-        if hasattr(layer, "mlp_hidden"):
-            counts = Counter(sampler.picks(0, 3)[:, [x.entry == i + 1 and x.kind == "mlp" for x in space.layers]].flat)
+    columns = [i for i, gene in enumerate(space.searched) if gene.name == "mlp_hidden"]
+    for i, block in enumerate(space.largest.blocks):
+        if hasattr(block, "mlp_hidden"):
+            counts = Counter(sampler.picks(0, 3)[:, columns.pop(0)].tolist())
             hidden = Counter(a.blocks[i].mlp_hidden for a in dealt if a.blocks[i].exists)
             assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 7
             assert max(hidden.values()) <= 2
@@ -101,7 +102,7 @@ def test_counts_hold_over_all_processes_together(space):
 @pytest.mark.parametrize("epoch", [0, 12, 30])
 def test_sandwich(space, epoch):
     sampler = SandwichSampler(space, 6, seed=3)
-    inner = [len(layer.choices) for layer in space.layers]
+    inner = [len(gene.draws) for gene in space.searched]
     for step in range(10):
         archs = sampler.archs(epoch, step)
         picks = sampler.picks(epoch, step)

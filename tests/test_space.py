@@ -3,16 +3,21 @@
 import itertools
 import json
 import pickle
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from timm_resnas.arch import Arch, Block, Reduction
+from timm_resnas.families.vit_resnas import VitResNasSpace
+from timm_resnas.models.network_def import Block, NetworkDef, Reduction
 from timm_resnas.nas import space as space_module
-from timm_resnas.nas.cost import Budget, macs, params, peak_memory
+from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.space import BudgetError, SearchSpace
+
+
+def macs(arch: NetworkDef, **model_args) -> int:
+    return arch.costs(**model_args)["macs"]
+
 
 PRESETS = ("vit_resnas_tiny", "vit_resnas_small", "mini", "micro")
 
@@ -38,7 +43,7 @@ def toy_space(**model_args) -> SearchSpace:
         None,
     ]
     args = dict(img_size=16, patch_size=4, in_chans=1)
-    return SearchSpace.from_paper(network_def, choices, **{**args, **model_args})
+    return VitResNasSpace(network_def, choices, **{**args, **model_args})
 
 
 # -- a slow, scalar version of the space, from the paper's text, as an oracle ------------------------------------------
@@ -63,13 +68,13 @@ class SlowSpace:
             elif choice:
                 self.genes[i, "width"] = choice
 
-    def arch(self, genes: dict) -> Arch:
+    def arch(self, genes: dict) -> NetworkDef:
         key = tuple(genes.items())
         if key not in self.archs:
             self.archs[key] = self._arch(genes)
         return self.archs[key]
 
-    def _arch(self, genes: dict) -> Arch:
+    def _arch(self, genes: dict) -> NetworkDef:
         dim, out, removed_before = 0, [], False
         for i, entry in enumerate(self.entries):
             kind = entry[0]
@@ -87,7 +92,7 @@ class SlowSpace:
                 source = genes if exists else {k: max(v) for k, v in self.genes.items()}
                 heads = source[i, "attn"] // entry[1][2]
                 out.append((1, (dim, heads, entry[1][2]), (dim, source[i, "mlp"]), int(exists)))
-        return Arch.from_network_def(out)
+        return NetworkDef.from_network_def(out)
 
     def cost(self, genes: dict) -> int:
         key = tuple(genes.items())
@@ -95,7 +100,7 @@ class SlowSpace:
             self.costs[key] = macs(self.arch(genes), **self.args)
         return self.costs[key]
 
-    def raw(self, arch: Arch) -> dict:
+    def raw(self, arch: NetworkDef) -> dict:
         genes = {}
         for i, entry in enumerate(arch.to_network_def()):
             if entry[0] == 1:
@@ -107,7 +112,7 @@ class SlowSpace:
     def random(self, rng) -> dict:
         return {k: pick(v, rng) for k, v in self.genes.items()}
 
-    def generate(self, rng, floor: float, limit: float, free_steps: int) -> Arch:
+    def generate(self, rng, floor: float, limit: float, free_steps: int) -> NetworkDef:
         blocks = sorted({i for i, kind in self.genes if kind == "mlp"})
         entries = sorted({i for i, _ in self.genes})
         while True:
@@ -131,7 +136,7 @@ class SlowSpace:
             if floor <= self.cost(genes) <= limit:
                 return self.arch(genes)
 
-    def mutate(self, arch: Arch, rng, prob: float, floor: float, limit: float) -> Arch:
+    def mutate(self, arch: NetworkDef, rng, prob: float, floor: float, limit: float) -> NetworkDef:
         while True:
             genes = self.raw(arch)
             for key, choice in self.genes.items():
@@ -140,7 +145,7 @@ class SlowSpace:
             if floor <= self.cost(genes) <= limit:
                 return self.arch(genes)
 
-    def crossover(self, a: Arch, b: Arch, rng, floor: float, limit: float) -> Arch:
+    def crossover(self, a: NetworkDef, b: NetworkDef, rng, floor: float, limit: float) -> NetworkDef:
         first, second = self.raw(a), self.raw(b)
         while True:
             genes = {k: (second if rng.random() < 0.5 else first)[k] for k in first}
@@ -148,7 +153,7 @@ class SlowSpace:
                 return self.arch(genes)
 
 
-def assert_same_distribution(a: list[Arch], b: list[Arch]) -> None:
+def assert_same_distribution(a: list[NetworkDef], b: list[NetworkDef]) -> None:
     """Two-sample chi-squared statistic over keys within five standard deviations of its mean."""
     one, two = Counter(x.key() for x in a), Counter(x.key() for x in b)
     ra, rb = (len(b) / len(a)) ** 0.5, (len(a) / len(b)) ** 0.5
@@ -165,7 +170,7 @@ def assert_same_distribution(a: list[Arch], b: list[Arch]) -> None:
     assert chi2 < free + 5 * (2 * free) ** 0.5, (chi2, free)
 
 
-def enumerate_space(space: SearchSpace) -> dict[str, Arch]:
+def enumerate_space(space: SearchSpace) -> dict[str, NetworkDef]:
     slow = SlowSpace(space)
     product = itertools.product(*(sorted(set(v)) for v in slow.genes.values()))
     archs = (slow.arch(dict(zip(slow.genes, values, strict=True))) for values in product)
@@ -204,21 +209,22 @@ def test_paper_spaces():
         ),
     ):
         space = SearchSpace.preset(name)
-        assert (params(space.largest), macs(space.largest)) == costs
-        assert space.costs(space.largest) == dict(macs=costs[1], params=costs[0], memory=peak_memory(space.largest))
-        entry = 0
-        for stage in range(3):
-            found = {layer.kind: layer.choices for layer in space.layers if layer.entry == entry}
-            assert found == {"width": widths[stage]}
+        got = space.largest.costs()
+        assert (got["params"], got["macs"]) == costs
+        assert space.costs(space.largest) == got
+        genes = iter(space.searched)
+        for stage, head_dim in enumerate((32, 48, 64)):
+            width = next(genes)
+            assert (width.name, width.choices, width.stage) == ("embed_dim", widths[stage], stage)
             for block in range(1, blocks + 1):
-                entry += 1
-                found = {layer.kind: layer.choices for layer in space.layers if layer.entry == entry}
-                expected = {"attn": attn[stage], "mlp": tuple(range(mlp[stage][0], mlp[stage][1] - 1, -mlp[stage][2]))}
-                assert len(expected["mlp"]) == 7
+                heads, hidden = next(genes), next(genes)
+                assert (heads.name, heads.choices) == ("num_heads", tuple(a // head_dim for a in attn[stage]))
+                assert hidden.name == "mlp_hidden" and len(hidden.choices) == 7
+                assert hidden.choices == tuple(range(mlp[stage][0], mlp[stage][1] - 1, -mlp[stage][2]))
                 if block in (2, 4, 6):
-                    expected["layer"] = (widths[stage][0],) * 2 + (0, 0)
-                assert found == expected
-            entry += 1
+                    exists = next(genes)
+                    assert (exists.name, exists.choices, exists.draws) == ("exists", (True, False), (0, 0, 1, 1))
+        assert next(genes, None) is None
         head_dims = [b.head_dim for b in space.largest.blocks if isinstance(b, Block)]
         assert head_dims == [32] * blocks + [48] * blocks + [64] * blocks
         assert space.size() == 125 * ((4 * 7 + 1) ** 3 * (4 * 7) ** (blocks - 3)) ** 3
@@ -231,11 +237,11 @@ def test_our_spaces(name, low, high):
     assert low <= largest["params"] <= high
     assert smallest["macs"] <= 0.3 * largest["macs"]
     if name == "micro":
-        assert space.model_args["img_size"] == 32 and space.model_args["patch_size"] == 4
+        assert space.model_args["img_size"] == [32, 32] and space.model_args["patch_size"] == 4
         assert largest["macs"] <= 30.1e6 and smallest["params"] >= low
     else:
         for size in (64, 96, 128):
-            assert space.with_model_args(img_size=size).costs(space.largest)["macs"] > 0
+            assert space.at(img_size=size).costs(space.largest)["macs"] > 0
 
 
 def test_unknown_preset():
@@ -252,24 +258,21 @@ def test_sampled_networks_belong(name):
     kwargs = {k: v for k, v in space.model_args.items()}
     for arch in [*archs, space.largest, space.smallest]:
         assert space.contains(arch)
-        assert Arch.from_network_def(arch.to_network_def()) == arch
+        assert NetworkDef.from_network_def(arch.to_network_def()) == arch
         for block, full in zip(arch.blocks, space.largest.blocks, strict=True):
             if isinstance(block, Block) and not block.exists:
                 assert (block.num_heads, block.mlp_hidden) == (full.num_heads, full.mlp_hidden)
-        costs = space.costs(arch)
-        assert costs == dict(
-            macs=macs(arch, **kwargs), params=params(arch, **kwargs), memory=peak_memory(arch, **kwargs)
-        )
+        assert space.costs(arch) == arch.costs(**kwargs)
 
 
 def test_costs_of_rows_equal_costs_of_archs():
     for name in PRESETS:
         space = SearchSpace.preset(name)
-        genes = space._draw(50, np.random.default_rng(0))
-        archs = space._decode(genes)
+        archs = space.sample_many(50, np.random.default_rng(0))
+        rows = space.rows(archs)
         for cost in ("macs", "params", "memory"):
-            assert space._cost(cost, genes).tolist() == [space.costs(a)[cost] for a in archs]
-        assert (space._encode_many(archs) == genes).all()
+            assert space.table(cost).cost(rows).tolist() == [a.costs(**space.model_args)[cost] for a in archs]
+        assert space.decode(rows) == archs
 
 
 def test_draws_without_budget_are_uniform():
@@ -279,19 +282,19 @@ def test_draws_without_budget_are_uniform():
     assert_same_distribution(archs, [slow.arch(slow.random(rng)) for _ in range(20_000)])
 
 
-def test_layers_and_build():
+def test_searched_and_build():
     space = toy_space()
-    assert [(x.entry, x.kind, x.choices) for x in space.layers] == [
-        (0, "width", (24, 16, 8)),
-        (1, "attn", (16, 8)),
-        (1, "mlp", (48, 32)),
-        (2, "mlp", (32, 16)),
-        (2, "layer", (24, 0, 0)),
-        (3, "mlp", (48, 24)),
-        (3, "layer", (24, 24, 24, 0)),
-        (4, "width", (32, 24)),
-        (5, "attn", (32, 16)),
-        (5, "layer", (32, 0)),
+    assert [(gene.name, gene.choices, gene.draws) for gene in space.searched] == [
+        ("embed_dim", (24, 16, 8), (0, 1, 2)),
+        ("num_heads", (2, 1), (0, 1)),
+        ("mlp_hidden", (48, 32), (0, 1)),
+        ("mlp_hidden", (32, 16), (0, 1)),
+        ("exists", (True, False), (0, 1, 1)),
+        ("mlp_hidden", (48, 24), (0, 1)),
+        ("exists", (True, False), (0, 0, 0, 1)),
+        ("embed_dim", (32, 24), (0, 1)),
+        ("num_heads", (2, 1), (0, 1)),
+        ("exists", (True, False), (0, 1)),
     ]
     full, cut = space.build([[0] * 10, [1, 1, 0, 1, 2, 1, 2, 1, 1, 0]])
     assert full == space.largest
@@ -320,15 +323,14 @@ def test_smallest():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ((0, (0, 20)), "entry 0: embed width 20 is none of the space's choices 24, 16, 8"),
+        ((0, (0, 20)), "entry 0: embed_dim 20 is not one of the space's choices 24, 16, 8"),
         ((0, (4, 24)), "entry 0 is"),
-        ((1, (1, (24, 3, 8), (24, 48), 1)), "entry 1: attention channels 24"),
+        ((1, (1, (24, 3, 8), (24, 48), 1)), "entry 1: num_heads 3 is not one of"),
         ((1, (1, (24, 1, 16), (24, 48), 1)), "entry 1 has head_dim 16"),
         ((1, (1, (24, 2, 8), (24, 48), 0)), "entry 1 is absent"),
         ((2, (1, (24, 2, 8), (24, 32), 0)), "entry 3 must be absent"),
-        ((3, (1, (24, 1, 8), (24, 50), 1)), "entry 3: mlp_hidden 50 is none of the space's choices 48, 24"),
+        ((3, (1, (24, 1, 8), (24, 50), 1)), "entry 3: mlp_hidden 50 is not one of the space's choices 48, 24"),
         ((3, (3, 24, 24)), "stages of 3-1 blocks"),
-        ((6, (2, 32, 10)), "head has 10 classes, the space's has 5"),
     ],
 )
 def test_check_says_why(change, message):
@@ -337,10 +339,10 @@ def test_check_says_why(change, message):
     network_def[change[0]] = change[1]
     if change[0] == 0 and change[1][1] == 20:
         network_def = json.loads(json.dumps(network_def).replace("24", "20"))
-    arch = Arch.from_network_def(network_def)
+    arch = NetworkDef.from_network_def(network_def)
     assert not space.contains(arch)
     with pytest.raises(ValueError, match=message):
-        space.check(arch)
+        space.encode(arch)
 
 
 def test_dead_genes_do_not_matter():
@@ -351,7 +353,7 @@ def test_dead_genes_do_not_matter():
         Block(b.dim, b.num_heads, b.head_dim, b.mlp_hidden, False) if isinstance(b, Block) and b.mlp_hidden == 7 else b
         for b in blocks
     ]
-    other = Arch(arch.patch_embed, tuple(blocks), arch.head)
+    other = NetworkDef(arch.patch_embed, tuple(blocks), arch.head)
     assert other != arch and other.key() == arch.key() and space.contains(other)
 
 
@@ -375,13 +377,13 @@ def test_paper_form_with_arrays_in_any_order():
         {k: v if v is None else np.array(v[::-1]) for k, v in c.items()} if isinstance(c, dict) else c and np.array(c)
         for c in (c if not isinstance(c, list) else c[::-1] for c in data["num_channels_to_keep"])
     ]
-    assert SearchSpace.from_paper(str(data["network_def"]), choices) == SearchSpace.preset("vit_resnas_tiny")
+    assert VitResNasSpace(str(data["network_def"]), choices) == SearchSpace.preset("vit_resnas_tiny")
 
 
 def test_model_args():
     space = SearchSpace.preset("micro", num_classes=7, in_chans=1)
     assert space.largest.num_classes == space.model_args["num_classes"] == 7
-    other = space.with_model_args(num_classes=3, img_size=(64, 32), drop_path_rate=0.1)
+    other = space.at(num_classes=3, img_size=(64, 32), drop_path_rate=0.1)
     assert other.largest.num_classes == 3 and other.model_args["in_chans"] == 1
     assert other.model_args["img_size"] == [64, 32] and other.model_args["drop_path_rate"] == 0.1
     assert other.costs(other.largest)["macs"] == macs(other.largest, img_size=(64, 32), patch_size=4, in_chans=1)
@@ -403,9 +405,13 @@ def with_choice(i: int, value) -> dict:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ([1], "a search space is a dict of network_def, num_channels_to_keep, model_args; got list"),
+        ([1], r"a search space is a dict with a family \(.*vit_resnas.*\) and its choices; got list"),
         (without(toy_space().to_dict(), "network_def"), "a search space is a dict"),
-        (toy_space().to_dict() | {"code": "x"}, "a search space is a dict .* got .*code"),
+        (
+            toy_space().to_dict() | {"code": "x"},
+            "a ViT-ResNAS space has network_def and num_channels_to_keep; got .*code",
+        ),
+        (toy_space().to_dict() | {"family": "x"}, "a search space is a dict with a family"),
         (toy_space().to_dict() | {"model_args": 3}, "model_args of a search space must be a dict"),
         (toy_space().to_dict() | {"model_args": {"patchsize": 4}}, "unknown model argument 'patchsize'"),
         (toy_space().to_dict() | {"model_args": {"img_size": 20}}, "not a multiple of the total stride"),
@@ -492,8 +498,8 @@ def test_walks_end_at_the_limit():
     for name, fraction in (("macs", 0.35), ("params", 0.35), ("memory", 0.6)):
         space = SearchSpace.preset("mini" if name == "params" else "micro")
         limit = fraction * space.costs(space.largest)[name]
-        genes = space._generate(1000, np.random.default_rng(0), Budget(**{name: limit}), None)
-        costs = space._cost(name, genes)
+        rows = space._generate(1000, np.random.default_rng(0), Budget(**{name: limit}))
+        costs = space.table(name).cost(rows)
         assert (costs <= limit).all()
         if name != "memory":  # one step more than needed would end lower
             assert (costs >= 0.95 * limit).mean() > 0.8
@@ -503,15 +509,15 @@ def test_listed_starts_equal_rejection(monkeypatch):
     space = toy_space()
     floor = 0.7 * space.costs(space.largest)["macs"]
     listed, costs = space._listed_starts(8000, np.random.default_rng(0), "macs", floor)
-    assert (costs == space._cost("macs", listed)).all()
+    assert (costs == space.table("macs").cost(listed)).all()
     monkeypatch.setattr(space_module, "_MAX_STARTS", 0)
-    drawn, _ = space._starts(8000, np.random.default_rng(1), "macs", floor, None)
-    assert_same_distribution(space._decode(listed), space._decode(drawn))
+    drawn, _ = space._starts(8000, np.random.default_rng(1), "macs", floor)
+    assert_same_distribution(space.decode(listed), space.decode(drawn))
     # and they are used where drawing would take long
     monkeypatch.undo()
     space = SearchSpace.preset("vit_resnas_small")
     archs = space.sample_many(50, np.random.default_rng(0), Budget(macs=6.1e9))
-    assert space._listed and all(0.975 * 6.1e9 <= macs(a) <= 6.1e9 for a in archs)
+    assert space.table("macs").listed and all(0.975 * 6.1e9 <= macs(a) <= 6.1e9 for a in archs)
 
 
 def test_mutation_equals_slow_one():
@@ -568,8 +574,41 @@ def test_children_stay_in_budget(name, fraction):
         assert space.contains(arch)
 
 
-def latency(arch: Arch) -> dict[str, float]:
-    return {"latency_ms": 0.1 + sum(1e-3 * b.mlp_hidden for b in arch.blocks if isinstance(b, Block) and b.exists)}
+def with_latency(space: SearchSpace) -> SearchSpace:
+    """A millisecond for a thousand hidden units, and 0.1 ms for the network."""
+    space.price("latency_ms", lambda layer: 1000 * dict(layer.shape).get("hidden", 0), unit=10**6, base=10**5)
+    return space
+
+
+def test_price():
+    space = with_latency(toy_space())
+    arch = space.largest
+    hidden = sum(b.mlp_hidden for b in arch.blocks if isinstance(b, Block))
+    assert space.cost_names == ("macs", "params", "memory", "latency_ms")
+    assert space.costs(arch)["latency_ms"] == (100 + hidden) / 1000
+    assert space.cost_range("latency_ms") == (0.132, (100 + hidden) / 1000)
+    space.price("latency_ms", lambda layer: 1)
+    assert space.costs(arch)["latency_ms"] == len(arch.layers(**space.model_args))
+    for price in (-1, 0.5, None):
+        space.price("latency_ms", lambda layer, price=price: price)
+        with pytest.raises(ValueError, match="must be a non-negative integer"):
+            space.costs(arch)
+    with pytest.raises(BudgetError, match="no price for energy, only for macs, params, memory, latency_ms"):
+        space.cost_range("energy")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cost_range_of_any_price(seed):
+    # a cost that grows with nothing: the ends are found by elimination, not at the largest and smallest network
+    space = toy_space()
+    values: dict = {}
+    rng = np.random.default_rng(seed)
+    space.price("latency_ms", lambda layer: values.setdefault(layer, int(rng.integers(1000))), unit=1)
+    costs = [space.costs(a)["latency_ms"] for a in enumerate_space(space).values()]
+    assert space.cost_range("latency_ms") == (min(costs), max(costs))
+    space.price("peak", lambda layer: values[layer], reduce="max", base=7)
+    costs = [space.costs(a)["peak"] for a in enumerate_space(space).values()]
+    assert space.cost_range("peak") == (min(costs), max(costs))
 
 
 @pytest.mark.parametrize(
@@ -587,14 +626,14 @@ def latency(arch: Arch) -> dict[str, float]:
     ids=str,
 )
 def test_several_limits(budget):
-    space = SearchSpace.preset("micro")
+    space = with_latency(SearchSpace.preset("micro"))
     rng = np.random.default_rng(0)
-    archs = space.sample_many(20, rng, budget, latency)
-    archs += space.mutate_many(archs, 20, rng, 0.3, budget, latency)
-    archs += space.crossover_many(archs[:20], 20, rng, budget, latency)
+    archs = space.sample_many(20, rng, budget)
+    archs += space.mutate_many(archs, 20, rng, 0.3, budget)
+    archs += space.crossover_many(archs[:20], 20, rng, budget)
     assert len(archs) == 60
     for arch in archs:
-        assert budget.check(space.costs(arch, latency)) == []
+        assert budget.check(space.costs(arch)) == []
 
 
 @pytest.mark.parametrize(
@@ -604,7 +643,7 @@ def test_several_limits(budget):
         (Budget(macs=40e6), r"macs=40M is above the largest .* \(lower=0 allows"),
         (Budget(macs=12e6, params=1e5), "params=100K is below the smallest"),
         (Budget(params=5e6), "params=5M is above the largest"),
-        (Budget(latency_ms=3), "limits latency_ms, which shapes do not give; pass extra_costs"),
+        (Budget(latency_ms=3), "no price for latency_ms, only for .*; measure a latency table"),
     ],
 )
 def test_budgets_out_of_reach(budget, message):
@@ -632,31 +671,6 @@ def test_budget_at_the_ends():
     most, least = (space.costs(a)["macs"] for a in (space.largest, space.smallest))
     assert space.costs(space.sample(rng, Budget(macs=most)))["macs"] >= 0.975 * most
     assert space.costs(space.sample(rng, Budget(macs=int(1.02 * least))))["macs"] <= 1.02 * least
-
-
-def cpu_seconds(function) -> float:
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def test_speed():
-    # issue: 500 in < 0.1 s, 75 + 75 children in < 0.05 s on one core
-    space, budget = SearchSpace.preset("vit_resnas_small"), Budget(macs=2.9e9)
-    rng = np.random.default_rng(0)
-    parents = space.sample_many(75, rng, budget)
-    assert cpu_seconds(lambda: space.sample_many(500, rng, budget)) < 0.1
-
-    def breed():
-        space.mutate_many(parents, 75, rng, 0.3, budget)
-        space.crossover_many(parents, 75, rng, budget)
-
-    assert cpu_seconds(breed) < 0.05
-    archs = space.sample_many(1000, rng)
-    assert cpu_seconds(lambda: [macs(a) for a in archs]) < 0.1  # 10,000 a second, with much to spare
 
 
 def test_reductions_never_narrow():

@@ -8,7 +8,6 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_resnas.models.sret import (
     GroupAttention,
@@ -17,6 +16,7 @@ from timm_resnas.models.sret import (
     sret_cost,
     sret_deep_args,
 )
+from timm_resnas.nas.count import count_macs
 
 T = dict(
     base_dims=(32, 32, 32),
@@ -63,12 +63,10 @@ def images(size=32, batch=2):
 
 def count(name, **kwargs):
     """Parameters and MACs of a model."""
-    model = timm.create_model(name, **kwargs).eval().requires_grad_(False)
+    model = timm.create_model(name, device="meta", **kwargs)
     size = kwargs.get("img_size", 224)
     size = (size, size) if isinstance(size, int) else size
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, *size))
-    return dict(macs=counter.get_total_flops() // 2, params=sum(p.numel() for p in model.parameters()))
+    return dict(macs=count_macs(model, (3, *size)), params=sum(p.numel() for p in model.parameters()))
 
 
 class Golden:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 from ast import literal_eval
 
@@ -15,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from timm_resnas import Arch
 from timm_resnas.arch import ArchError
+from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.hub import save_pretrained
 from timm_resnas.models.vit_resnas import checkpoint_filter_fn
 from timm_resnas.nas import elastic
@@ -38,7 +37,7 @@ def small_space(stem=CONV, **model_args):
             network.append((1, (dim, 4, 4), (dim, 40), 1))
             choices.append({"attn": heads, "mlp": mlp, "layer": layer})
     args = {"img_size": (32, 48), "patch_size": 4, **model_args}
-    return SearchSpace([*network, (2, 40, 7)], [*choices, None], **args)
+    return VitResNasSpace([*network, (2, 40, 7)], [*choices, None], **args)
 
 
 def perturbed(space, seed=0, dtype=torch.float64):
@@ -141,11 +140,11 @@ def twins(space, count=6, seed=3):
     """Architectures that share embedding widths and differ in heads, hidden units and depth, among strangers."""
     rng = np.random.default_rng(seed)
     archs = space.sample_many(count, rng)
-    layers, picks = space.layers, None
+    genes, picks = space.searched, None
     while picks is None or not all(len(set(column)) > 1 for column in picks.T):
-        picks = np.array([[rng.integers(len(layer.choices)) for layer in layers] for _ in range(3)])
-    for i, layer in enumerate(layers):
-        if layer.kind == "width":
+        picks = np.array([[rng.integers(len(gene.draws)) for gene in genes] for _ in range(3)])
+    for i, gene in enumerate(genes):
+        if gene.kind == "width":
             picks[:, i] = picks[0, i]
     archs[1::2] = space.build(picks)[: len(archs[1::2])]
     if count > 2:
@@ -341,7 +340,7 @@ def released(golden):
         meta = json.loads(f.metadata()["meta"])
     tensors = load_file(path)
     args = dict(img_size=224, patch_size=14, patch_head=True)
-    space = SearchSpace.from_paper(meta["network_def"], literal_eval(meta["num_channels_to_keep"]), **args)
+    space = VitResNasSpace(meta["network_def"], literal_eval(meta["num_channels_to_keep"]), **args)
     net = timm.create_model("vit_resnas_supernet", space=space.to_dict())
     state = {k.removeprefix("state_dict/"): v for k, v in tensors.items() if k.startswith("state_dict/")}
     net.load_state_dict(checkpoint_filter_fn(state, net))
@@ -497,12 +496,12 @@ def test_extracted_networks_compute_what_the_supernet_does(space):
         for arch in space.sample_many(20, np.random.default_rng(0)):
             net.set_arch(arch)
             wanted = net(x)
-            torch.testing.assert_close(net.forward_from_stem(stem), wanted, rtol=0, atol=0)
+            torch.testing.assert_close(net.forward_shared(stem), wanted, rtol=0, atol=0)
             sub = net.extract(arch)
             assert_close(sub(x), wanted, 1e-5)
             assert sub.arch == arch.canonical() and not sub.training
         net.set_arch(None)
-        assert_close(net.forward_from_stem(stem), net(x), 1e-5)
+        assert_close(net.forward_shared(stem), net(x), 1e-5)
 
 
 def test_extracted_networks_own_their_tensors(tmp_path):
@@ -547,7 +546,7 @@ def test_errors():
     space = small_space(PLAIN)
     net = perturbed(space)
     x = images(net, 6)
-    with pytest.raises(ValueError, match="mode must be one of auto, sliced, masked; got 'dense'"):
+    with pytest.raises(ValueError, match="mode must be one of sliced, masked; got 'dense'"):
         net(x, archs=[space.largest], mode="dense")
     with pytest.raises(ValueError, match="6 images cannot be cut into 4 equal groups"):
         net(x, archs=[space.largest] * 4)
@@ -570,15 +569,6 @@ def test_errors():
         with pytest.raises(ValueError, match="several widths need a classifier"):
             headless(x, archs=[space.largest, space.smallest], mode=mode)
         assert headless(x, archs=[space.smallest] * 2, mode=mode).shape == (6, 32)
-
-
-def test_auto_says_once_what_it_chose(caplog):
-    net = perturbed(small_space(PLAIN))
-    x = images(net, 2)
-    with caplog.at_level(logging.INFO, logger="timm_resnas"):
-        for _ in range(3):
-            net(x, archs=[net.space.largest])
-    assert [r.getMessage() for r in caplog.records] == ["sub-networks are computed in mode 'sliced'"]
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -651,5 +641,5 @@ def test_arch_objects_and_defs_are_both_taken():
     arch = net.space.sample(np.random.default_rng(0))
     x = images(net, 2)
     wanted = net(x, archs=[arch])
-    for form in (arch.to_network_def(), str(arch), json.loads(arch.to_json()), Arch.from_json(arch.to_json())):
+    for form in (arch.to_network_def(), str(arch), arch.args(), json.loads(json.dumps(arch.record()))):
         assert torch.equal(net(x, archs=[form]), wanted)

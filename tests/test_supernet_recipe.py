@@ -144,20 +144,29 @@ def straight_two(nursery, tmp_path_factory):
     return folder
 
 
-def test_processes_and_passes_train_alike(nursery, straight_two, tmp_path):
+def first_moments(nursery, folder, processes):
+    """The loss of 13 steps and AdamW's running means of their gradients, by an optimizer that hardly moves the weights:
+    steps of the usual size would turn rounding into other weights wherever a gradient is near zero."""
+    options = [*TWO[:-1], str(4 // processes), "--epochs", "2", "--checkpoint-steps", "13", "--lr", "1e-9"]
+    pids = nursery.start_two(folder, *options) if processes == 2 else [nursery.start(folder, *options)]
+    wait_for_step(folder, 13, pids[0])
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        nursery.wait(pid)
+    state = torch.load(folder / "state" / "training" / "step-000000013.pt", weights_only=True)
+    assert state["position"]["loss_steps"] == 13
+    return state["position"]["loss_sum"] / 13, [s["exp_avg"] for s in state["optimizer"]["state"].values()]
+
+
+def test_processes_and_passes_train_alike(nursery, tmp_path):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
-    passes = tmp_path / "passes"
-    nursery.run(passes, *TWO[:-1], "4")
-    (one,), (other,) = records(straight_two), records(passes)
-    assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
-    found, wanted = weights(straight_two), weights(passes)
-    for key, value in wanted.items():
-        if "running" in key or "num_batches" in key:
-            continue  # the first process's own, against those of all passes
-        value, other = value, found[key]
-        if "qkv.bias" in key:  # a key's bias has no effect and no gradient but rounding's, which AdamW enlarges
-            value, other = (v.unflatten(0, (3, -1))[[0, 2]] for v in (value, other))
-        torch.testing.assert_close(other, value, rtol=0, atol=3e-4, msg=key)
+    loss, found = first_moments(nursery, tmp_path / "processes", 2)
+    other, wanted = first_moments(nursery, tmp_path / "passes", 1)
+    assert loss == pytest.approx(other, abs=1e-5)
+    assert len(found) == len(wanted) > 100
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()  # 1e-6 is usual
 
 
 def test_all_processes_evaluate_the_weights_that_are_saved(straight_two, monkeypatch):

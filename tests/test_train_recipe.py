@@ -1,5 +1,6 @@
 """Training a model, run as a user runs it: killed and continued, in one process or two, from every configuration."""
 
+import ast
 import json
 import math
 import os
@@ -25,9 +26,11 @@ from test_stream import write
 from timm.data import resolve_model_data_config
 
 import timm_resnas  # noqa: F401  (registers the models)
+from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits, train_transform
 from timm_resnas.data.multiscale import multiscale_loader
 from timm_resnas.hub import save_pretrained
+from timm_resnas.nas.cost import macs
 from timm_resnas.nas.jsonl import read_jsonl
 
 CONFIGS = sorted(
@@ -101,6 +104,8 @@ def test_what_a_run_leaves(straight):
         assert image.size == (1300, 520)
     train_part, val = json.loads((straight / "state" / "data.json").read_text())
     assert not set(train_part) & set(val) and len(val) == 100 and len(train_part) // 128 == 10
+    arch = Arch.from_network_def(ast.literal_eval(TINY.removeprefix("network_def=")))
+    assert results(straight)["macs"] == macs(arch, img_size=16, patch_size=4)  # attention's products among them
 
 
 def test_the_chosen_weights(straight):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from timm_resnas import Arch
+from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.models.vit_resnas import SpatialReduction, checkpoint_filter_fn
 
 SMALL = ((4, 16), (1, (16, 2, 8), (16, 24), 1), (3, 16, 24), (1, (24, 3, 8), (24, 40), 1), (2, 24, 5))
@@ -89,7 +89,7 @@ def test_released_file_through_create_model(released, tmp_path):
     net.load_state_dict(checkpoint_filter_fn(state, net))
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": {}, "model_ema": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path)
-    arch = Arch.from_network_def(meta["network_def"])
+    arch = NetworkDef.from_network_def(meta["network_def"])
     other = timm.create_model(
         "vit_resnas",
         pretrained=True,
@@ -207,7 +207,7 @@ def test_exclusive_arguments():
     with pytest.raises(ValueError, match="global_pool must be 'token'"):
         build(distill_token=True, global_pool="avg")
     with pytest.raises(ValueError, match="JSON-plain"):
-        build(Arch.from_network_def(SMALL))
+        build(NetworkDef.from_network_def(SMALL))
     with pytest.raises(ValueError, match="two heads"):
         build().set_distilled_training()
 

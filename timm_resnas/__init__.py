@@ -5,9 +5,8 @@ Importing this package registers its models with timm.
 
 from typing import Any
 
-from . import models  # noqa: F401  (registers the models)
+from . import families, models  # noqa: F401  (registers the models)
 from .arch import Arch, ArchError
-from .nas import supernet  # noqa: F401  (registers the super-networks)
 from .version import __version__
 
 __all__ = ["Arch", "ArchError", "__version__", "load", "push", "save_pretrained"]

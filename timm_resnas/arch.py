@@ -1,326 +1,241 @@
-"""Architecture description of the ViT-ResNAS family.
+"""What a network is (`Arch`) and what its parts cost (`Layer`): plain values that no model has to be built for.
 
-An architecture is written as the paper's own ``network_def`` ("Searching for Efficient Multi-Stage Vision
-Transformers", arXiv 2109.00642, released code): a tuple of entries
-
-======================================================  ===========================================================
-``(0, C)``                                              patch embedding, one convolution to C channels
-``(4, C)``, ``(5, C, mid)``                             convolutional stem with 24 (or ``mid``) channels, then C
-``(1, (C, heads, head_dim), (C, mlp_hidden), exists)``  transformer block; skipped when ``exists`` is 0
-``(3, C_in, C_out)``                                    residual spatial reduction
-``(2, C, num_classes)``                                 head
-======================================================  ===========================================================
-
-In code it is an :class:`Arch`: typed, frozen, hashable, checked. This module imports nothing of ours.
+A family of searchable networks subclasses `Arch`. Code outside the family's files uses what stands here and nothing
+else. This module imports nothing of ours.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
-__all__ = ["Arch", "ArchError", "Block", "Head", "PatchEmbed", "Reduction", "STEM_MID_CHANNELS"]
+if TYPE_CHECKING:
+    from torch import nn
+    from typing_extensions import Self
 
-STEM_MID_CHANNELS = 24  # mid channels of patch embedding type 4
+__all__ = ["Arch", "ArchError", "Layer", "attention", "image_size", "mlp", "total_costs"]
 
-# Room for anything meant; an architecture may come from the net, so text and sizes are bounded before use.
-_MAX_CHARS = 65536
-_MAX_ENTRIES = 512
-_MAX_SIZE = 1 << 16
+BYTES = 4  # float32
 
 
 class ArchError(ValueError):
-    """An architecture description is malformed; the message names the entry and what was expected."""
+    """An architecture description is malformed; the message names the part and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
-class PatchEmbed:
-    """Patch embedding: ``kind`` 0 (one convolution), 4 or 5 (convolutional stem of ``mid_dim`` channels)."""
+class Layer:
+    """A part of a network whose cost depends on nothing else of it.
 
-    kind: int
-    dim: int
-    mid_dim: int = 0
+    Layers of one kind and shape are equal, whatever the family and wherever they stand.
 
-    def to_def(self) -> tuple:
-        return (5, self.dim, self.mid_dim) if self.kind == 5 else (self.kind, self.dim)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Transformer block of width ``dim``; an absent block (``exists=False``) keeps its position."""
-
-    dim: int
-    num_heads: int
-    head_dim: int
-    mlp_hidden: int
-    exists: bool = True
-
-    @property
-    def attn_dim(self) -> int:
-        """Channels of the concatenated heads."""
-        return self.num_heads * self.head_dim
-
-    def to_def(self) -> tuple:
-        return 1, (self.dim, self.num_heads, self.head_dim), (self.dim, self.mlp_hidden), int(self.exists)
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """Residual spatial reduction: half the side, ``in_dim`` to ``out_dim`` channels."""
-
-    in_dim: int
-    out_dim: int
-
-    def to_def(self) -> tuple:
-        return 3, self.in_dim, self.out_dim
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Classifier on the last width."""
-
-    dim: int
-    num_classes: int
-
-    def to_def(self) -> tuple:
-        return 2, self.dim, self.num_classes
-
-
-Entry: TypeAlias = PatchEmbed | Block | Reduction | Head
-
-
-@dataclass(frozen=True)
-class Arch:
-    """An architecture of the ViT-ResNAS family.
-
-    ``blocks`` holds transformer blocks and reductions in order, so that ``blocks[i]`` is the model's ``blocks.i``.
-
-    Raises:
-        ArchError: The widths of neighbouring entries differ, or a size is out of range.
+    Attributes:
+        kind: ``"stem"``, ``"attention"``, ``"mlp"``, ``"reduction"``, ``"conv"``, ``"head"``, ...
+        shape: All that decides its cost, as (name, integer) pairs sorted by name.
+        macs: Multiply-accumulates for one image: convolutions, linear layers and both products of attention. Biases,
+            norms, softmax, activations, sums and position embeddings are left out.
+        params: Parameters.
+        memory: Bytes of activations at its peak in float32, for one image, without the image that the caller holds.
+            What PyTorch holds at that moment in an eager forward without gradients: an operation's inputs and output,
+            and what a variable or a caller still names. Views are free, attention is fused, weights are not counted.
     """
 
-    patch_embed: PatchEmbed
-    blocks: tuple[Block | Reduction, ...]
-    head: Head
-
-    def __post_init__(self) -> None:
-        dim = self.patch_embed.dim
-        for i, block in enumerate(self.blocks):
-            if isinstance(block, Reduction):
-                if block.in_dim != dim:
-                    raise ArchError(_mismatch(i + 1, block, "C_in", block.in_dim, dim))
-                if block.out_dim < block.in_dim:
-                    raise ArchError(
-                        f"network_def entry {i + 1} {block.to_def()}: C_out {block.out_dim} is smaller than C_in "
-                        f"{block.in_dim}; the residual path pads channels, so C_out must be at least C_in"
-                    )
-                dim = block.out_dim
-            elif block.dim != dim:
-                raise ArchError(_mismatch(i + 1, block, "embed_dim", block.dim, dim))
-        if self.head.dim != dim:
-            raise ArchError(_mismatch(len(self.blocks) + 1, self.head, "C", self.head.dim, dim))
-
-    # -- parsing and printing -----------------------------------------------------------------------------------
+    kind: str
+    shape: tuple[tuple[str, int], ...]
+    macs: int = field(default=0, compare=False)
+    params: int = field(default=0, compare=False)
+    memory: int = field(default=0, compare=False)
 
     @classmethod
-    def from_network_def(cls, network_def: Any) -> Arch:
-        """Parse the paper's form: nested tuples or lists, the same as a string, or an :class:`Arch` (returned as is).
-
-        Raises:
-            ArchError: With the index of the offending entry and what was expected there.
-        """
-        if isinstance(network_def, Arch):
-            return network_def
-        if isinstance(network_def, str):
-            network_def = _parse_text(network_def)
-        if not isinstance(network_def, Sequence) or isinstance(network_def, str | bytes):
-            raise ArchError(f"network_def must be a tuple of entries or its string, got {type(network_def).__name__}")
-        if not 2 <= len(network_def) <= _MAX_ENTRIES:
-            raise ArchError(
-                f"network_def has {len(network_def)} entries; expected a patch embedding, blocks and a head "
-                f"(2 to {_MAX_ENTRIES} entries)"
-            )
-        last = len(network_def) - 1
-        entries = [_parse_entry(i, e, first=i == 0, last=i == last) for i, e in enumerate(network_def)]
-        return cls(entries[0], tuple(entries[1:-1]), entries[-1])
-
-    def to_network_def(self) -> tuple:
-        """The paper's form, as nested tuples."""
-        return (self.patch_embed.to_def(), *(b.to_def() for b in self.blocks), self.head.to_def())
-
-    def to_json(self) -> str:
-        """``network_def`` as a JSON text (nested lists)."""
-        return json.dumps(self.to_network_def(), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str | Sequence) -> Arch:
-        """Inverse of :meth:`to_json`; decoded JSON is accepted too."""
-        return cls.from_network_def(text)
+    def of(cls, kind: str, *, macs: int = 0, params: int = 0, memory: int = 0, **shape: int) -> Layer:
+        """A layer from its shape as keywords; ``memory`` counts values of 4 bytes."""
+        return cls(kind, tuple(sorted(shape.items())), macs, params, BYTES * memory)
 
     def __str__(self) -> str:
-        return str(self.to_network_def()).replace(" ", "")
-
-    # -- identities -----------------------------------------------------------------------------------------------
-
-    def key(self) -> str:
-        """Identity as a sub-network of a supernet: positions kept, genes of absent blocks erased.
-
-        Architectures that select the same weights of a supernet have the same key: the genes of an absent block
-        decide nothing. Sortable and JSON-plain.
-        """
-        return self._key
-
-    @cached_property
-    def _key(self) -> str:
-        parts = [str(self.patch_embed.to_def())]
-        parts += [str((1, b.dim, 0)) if isinstance(b, Block) and not b.exists else str(b.to_def()) for b in self.blocks]
-        parts.append(str(self.head.to_def()))
-        return "|".join(parts).replace(" ", "")
-
-    def canonical(self) -> Arch:
-        """The stand-alone network: absent blocks deleted.
-
-        Two architectures compute the same function family when their canonical forms are equal, even where their
-        keys (which weights of a supernet they use) differ.
-        """
-        return replace(self, blocks=tuple(b for b in self.blocks if not (isinstance(b, Block) and not b.exists)))
-
-    def with_num_classes(self, num_classes: int) -> Arch:
-        """The same architecture with another classifier size."""
-        return replace(self, head=Head(self.head.dim, num_classes))
-
-    # -- shape ----------------------------------------------------------------------------------------------------
-
-    @property
-    def num_classes(self) -> int:
-        return self.head.num_classes
-
-    @property
-    def num_reductions(self) -> int:
-        """Number of spatial reductions; the total stride is ``patch_size * 2**num_reductions``."""
-        return sum(isinstance(b, Reduction) for b in self.blocks)
-
-    @property
-    def embed_dims(self) -> tuple[int, ...]:
-        """Width of each stage."""
-        return (self.patch_embed.dim, *(b.out_dim for b in self.blocks if isinstance(b, Reduction)))
-
-    @property
-    def stages(self) -> tuple[tuple[Block, ...], ...]:
-        """Transformer blocks of each stage, absent ones included."""
-        stages: list[list[Block]] = [[]]
-        for block in self.blocks:
-            if isinstance(block, Reduction):
-                stages.append([])
-            else:
-                stages[-1].append(block)
-        return tuple(map(tuple, stages))
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Number of present transformer blocks of each stage."""
-        return tuple(sum(b.exists for b in stage) for stage in self.stages)
-
-    def total_stride(self, patch_size: int) -> int:
-        """Pixels of the image per position of the last stage."""
-        return patch_size * 2**self.num_reductions
-
-    def grids(self, img_size: int | Iterable[int], patch_size: int) -> tuple[tuple[int, int], ...]:
-        """Height and width of the patch grid of each stage.
-
-        Raises:
-            ArchError: ``patch_size`` is not usable, or ``img_size`` is not a multiple of the total stride.
-        """
-        height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if patch_size < 1 or (self.patch_embed.kind and patch_size % 2):
-            raise ArchError(f"patch_size {patch_size}: the convolutional stem halves it, so it must be even")
-        stride = self.total_stride(patch_size)
-        if height < 1 or width < 1 or height % stride or width % stride:
-            near = [max(stride, round(s / stride) * stride) for s in (height, width)]
-            raise ArchError(
-                f"img_size {height}x{width} is not a multiple of the total stride {stride} (patch_size {patch_size} "
-                f"x {2**self.num_reductions} for {self.num_reductions} spatial reductions); the nearest that is: "
-                f"{near[0]}x{near[1]}"
-            )
-        return tuple((height // patch_size >> i, width // patch_size >> i) for i in range(self.num_reductions + 1))
+        return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.shape)})"
 
 
-_FORMS = {
-    0: "(0, C)",
-    4: "(4, C)",
-    5: "(5, C, mid)",
-    1: "(1, (C, heads, head_dim), (C, mlp_hidden), exists)",
-    3: "(3, C_in, C_out)",
-    2: "(2, C, num_classes)",
-}
-
-
-def _parse_text(text: str) -> Any:
-    if len(text) > _MAX_CHARS:
-        raise ArchError(f"network_def text has {len(text)} characters; at most {_MAX_CHARS} are read")
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        short = text if len(text) <= 80 else text[:77] + "..."
-        raise ArchError(f"network_def text is not a nested tuple or list of integers: {short!r}") from None
-
-
-def _parse_entry(i: int, entry: Any, *, first: bool, last: bool) -> Entry:
-    def fail(why: str) -> ArchError:
-        text = repr(entry)
-        return ArchError(f"network_def entry {i} {text if len(text) <= 80 else text[:77] + '...'}: {why}")
-
-    def size(value: Any, name: str, minimum: int = 1) -> int:
-        # bool is an int to Python, but a width of True is a mistake
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise fail(f"{name} must be an integer, got {value!r:.40}")
-        if not minimum <= value <= _MAX_SIZE:
-            raise fail(f"{name} must be between {minimum} and {_MAX_SIZE}, got {str(value)[:40]}")
-        return value
-
-    def length(value: Any, n: int, kind: int) -> None:
-        if not isinstance(value, list | tuple) or len(value) != n:
-            raise fail(f"expected {_FORMS[kind]}")
-
-    if not isinstance(entry, list | tuple) or not entry:
-        raise fail("an entry is a tuple that starts with its type, one of " + ", ".join(_FORMS.values()))
-    kind = entry[0]
-    if isinstance(kind, bool) or not isinstance(kind, int) or kind not in _FORMS:
-        raise fail("unknown type; expected one of " + ", ".join(_FORMS.values()))
-    if first != (kind in (0, 4, 5)):
-        raise fail("a patch embedding (type 0, 4 or 5) must be the first entry and stand nowhere else")
-    if last != (kind == 2):
-        raise fail("a head (2, C, num_classes) must be the last entry and stand nowhere else")
-
-    if kind in (0, 4):
-        length(entry, 2, kind)
-        return PatchEmbed(kind, size(entry[1], "C"), STEM_MID_CHANNELS if kind == 4 else 0)
-    if kind == 5:
-        length(entry, 3, kind)
-        return PatchEmbed(kind, size(entry[1], "C"), size(entry[2], "mid"))
-    if kind == 3:
-        length(entry, 3, kind)
-        return Reduction(size(entry[1], "C_in"), size(entry[2], "C_out"))
-    if kind == 2:
-        length(entry, 3, kind)
-        return Head(size(entry[1], "C"), size(entry[2], "num_classes", minimum=0))
-    length(entry, 4, kind)
-    length(entry[1], 3, kind)
-    length(entry[2], 2, kind)
-    dim = size(entry[1][0], "C")
-    if size(entry[2][0], "C of the MLP") != dim:
-        raise fail(f"C of the MLP is {entry[2][0]}, expected C of the attention, {dim}")
-    exists = size(entry[3], "exists", minimum=0) if not isinstance(entry[3], bool) else int(entry[3])
-    if exists > 1:
-        raise fail(f"exists must be 0 or 1, got {exists}")
-    return Block(
-        dim, size(entry[1][1], "heads"), size(entry[1][2], "head_dim"), size(entry[2][1], "mlp_hidden"), bool(exists)
+@lru_cache(maxsize=1 << 16)
+def attention(tokens: int, dim: int, num_heads: int, head_dim: int) -> Layer:
+    """The attention half of a pre-norm transformer block, with qkv biases, its norm and its sum."""
+    inner = num_heads * head_dim
+    return Layer.of(
+        "attention",
+        tokens=tokens,
+        dim=dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        macs=inner * (4 * dim + 2 * tokens) * tokens,
+        params=inner * (4 * dim + 3) + 3 * dim,
+        # output of attention: input, norm; query, key, value, heads
+        memory=tokens * (3 * dim + 4 * inner),
     )
 
 
-def _mismatch(i: int, entry: Entry, name: str, got: int, expected: int) -> str:
-    return f"network_def entry {i} {entry.to_def()}: {name} is {got}, expected {expected} from the entry before it"
+@lru_cache(maxsize=1 << 16)
+def mlp(tokens: int, dim: int, hidden: int) -> Layer:
+    """The MLP half of a pre-norm transformer block, with its norm and its sum."""
+    return Layer.of(
+        "mlp",
+        tokens=tokens,
+        dim=dim,
+        hidden=hidden,
+        macs=2 * dim * hidden * tokens,
+        params=hidden * (2 * dim + 1) + 3 * dim,
+        # activation: input, sum, norm; hidden before and after. Output: input, sum, norm, output; hidden after
+        memory=tokens * max(3 * dim + 2 * hidden, 4 * dim + hidden),
+    )
+
+
+def total_costs(layers: Iterable[Layer], image_values: int = 0) -> dict[str, int]:
+    """``macs`` and ``params`` (sums) and ``memory`` (bytes: the image, and the largest peak) of a network's layers.
+
+    Args:
+        layers: Its layers.
+        image_values: Channels x height x width of the input.
+    """
+    layers = tuple(layers)
+    return {
+        "macs": sum(layer.macs for layer in layers),
+        "params": sum(layer.params for layer in layers),
+        "memory": BYTES * image_values + max((layer.memory for layer in layers), default=0),
+    }
+
+
+def image_size(img_size: int | Iterable[int]) -> tuple[int, int]:
+    """(height, width) of an image size given as one number or as a pair.
+
+    Raises:
+        ArchError: It is neither.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size) if _is_pair(img_size) else ()
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ArchError(f"img_size must be a positive integer or (height, width), got {img_size!r:.60}")
+    return sides
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+class Arch(ABC):
+    """A network as data: a registered entry point and the arguments that decide its architecture.
+
+    Families subclass it with a frozen dataclass; the subclass is found by its ``model``.
+
+    Attributes:
+        model: Name of the entry point that builds it, such as ``"vit_resnas"``.
+    """
+
+    __slots__ = ()
+
+    model: ClassVar[str]
+    _types: ClassVar[dict[str, type[Arch]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "model" in cls.__dict__:
+            Arch._types[cls.model] = cls
+
+    # -- a family supplies -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def args(self) -> dict[str, Any]:
+        """The entry point's arguments that decide the architecture, JSON-plain."""
+
+    @classmethod
+    @abstractmethod
+    def from_args(cls, args: Mapping[str, Any]) -> Self:
+        """Inverse of `args`; other keys are left alone. The arguments are checked, for they may come from the net.
+
+        Raises:
+            ArchError: Naming the part that is malformed and what was expected there.
+        """
+
+    @abstractmethod
+    def layers(self, **model_args: Any) -> tuple[Layer, ...]:
+        """What the network consists of, in the order of its forward; absent parts are absent.
+
+        Args:
+            **model_args: ``img_size``, ``in_chans``, ``num_classes`` and the family's own, with the entry point's
+                defaults; arguments that decide no cost are ignored.
+
+        Raises:
+            ArchError: The architecture cannot be built with these arguments.
+        """
+
+    def key(self) -> str:
+        """Identity as a sub-network of a supernet: equal where the same weights are selected. Sortable."""
+        return json.dumps(self.args(), sort_keys=True, separators=(",", ":"))
+
+    def canonical(self) -> Arch:
+        """The stand-alone network, absent parts deleted where the family can; the form that is published."""
+        return self
+
+    # -- written once ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """An architecture from any of its forms: an instance (returned as it is), its `record`, or its `args`.
+
+        Raises:
+            ArchError: It is of another family, or malformed.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            if value.get("model", cls.model) != cls.model:
+                raise ArchError(f"the architecture is a {value['model']!r:.60}, expected a {cls.model!r}")
+            return cls.from_args(value.get("args", value))
+        raise ArchError(f"expected an architecture of {cls.model!r} or its arguments, got {type(value).__name__}")
+
+    def record(self) -> dict[str, Any]:
+        """``{"model": ..., "args": ...}``, JSON-plain: the form that histories and results hold."""
+        return {"model": self.model, "args": self.args()}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Arch:
+        """Inverse of `record`; other keys are left alone.
+
+        Raises:
+            ArchError: It is no record of a searchable family's network.
+        """
+        name = record.get("model") if isinstance(record, Mapping) else None
+        if not isinstance(name, str) or name not in Arch._types or not isinstance(record.get("args"), Mapping):
+            known = ", ".join(sorted(Arch._types))
+            raise ArchError(f"an architecture's record has a model ({known}) and its args, got {record!r:.120}")
+        return Arch._types[name].from_args(record["args"])
+
+    @staticmethod
+    def of(model: str, args: Mapping[str, Any]) -> Arch | None:
+        """The architecture of a timm model from its name and arguments; None for other than searchable families'.
+
+        Raises:
+            ArchError: The arguments are malformed.
+        """
+        kind = Arch._types.get(model)
+        return None if kind is None else kind.from_args(args)
+
+    def create(self, pretrained: bool = False, **model_args: Any) -> nn.Module:
+        """The network: ``timm.create_model(self.model, **self.args(), **model_args)``."""
+        import timm
+
+        return timm.create_model(self.model, pretrained=pretrained, **self.args(), **model_args)
+
+    def costs(self, *, img_size: int | Iterable[int] = 224, in_chans: int = 3, **model_args: Any) -> dict[str, int]:
+        """``macs``, ``params`` and ``memory`` of the network for images of this size, see `Layer`.
+
+        Args:
+            img_size: Side of a square image, or (height, width), in pixels.
+            in_chans: Channels of the image.
+            **model_args: See `layers`.
+
+        Raises:
+            ArchError: See `layers`.
+        """
+        height, width = image_size(img_size)
+        layers = self.layers(img_size=(height, width), in_chans=in_chans, **model_args)
+        return total_costs(layers, in_chans * height * width)

@@ -11,9 +11,8 @@ from typing import Any
 import huggingface_hub as hf
 from timm.models._registry import model_entrypoint
 
-from ..arch import Arch
+from ..models.network_def import NetworkDef
 from ..nas.cost import format_cost
-from ..nas.cost import macs as count_macs
 from ..nas.space import SearchSpace
 from ..version import __version__
 from .checks import Config, read_config, read_header
@@ -180,7 +179,7 @@ def _usage(config: Config, repo_id: str, revision: str | None, ours: bool, super
 def _architecture(config: Config) -> list[str]:
     args = config.model_args
     if "network_def" in args:
-        arch = Arch.from_network_def(args["network_def"])
+        arch = NetworkDef.from_network_def(args["network_def"])
         return ["## Architecture", _stage_table(arch), f"`network_def`:\n\n```\n{arch}\n```"]
     if (space := _space(config)) is not None:
         return [
@@ -194,7 +193,7 @@ def _architecture(config: Config) -> list[str]:
     return ["## Architecture", f"timm's `{config.architecture}`" + (f" with {shown}." if shown else ".")]
 
 
-def _stage_table(arch: Arch) -> str:
+def _stage_table(arch: NetworkDef) -> str:
     rows = ["| stage | embed_dim | blocks | heads | head_dim | mlp_hidden |", "|---|---|---|---|---|---|"]
     for i, (dim, blocks) in enumerate(zip(arch.embed_dims, arch.stages, strict=True), start=1):
         present = [b for b in blocks if b.exists]
@@ -219,7 +218,7 @@ def _costs(folder: Path, config: Config) -> list[str]:
     if macs is None and "network_def" in config.model_args:
         names = ("img_size", "patch_size", "in_chans", "num_classes", "distill_token")
         args = {k: config.model_args[k] for k in names if k in config.model_args}
-        macs = count_macs(Arch.from_network_def(config.model_args["network_def"]), **args)
+        macs = NetworkDef.from_network_def(config.model_args["network_def"]).costs(**args)["macs"]
     elif macs is None and (space := _space(config)) is not None:
         macs = space.costs(space.largest)["macs"]
     if macs is not None:

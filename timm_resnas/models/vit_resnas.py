@@ -3,8 +3,8 @@
 Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv.org/abs/2109.00642
 Origin of the architectures: https://github.com/yilunliao/vit-search (facts only, no code)
 
-A network is described by the paper's ``network_def`` (see :mod:`timm_resnas.arch`). What differs from the released
-code, none of it in what a network computes: position embeddings are excluded from weight decay, `reset_classifier`
+A network is described by the paper's ``network_def`` (see `NetworkDef`). What differs from the released code, none of
+it in what a network computes: position embeddings are excluded from weight decay, `reset_classifier`
 builds heads of the last width, the residual padding follows device and dtype, dropout rates reach the layers that
 they name, any image size that the total stride divides works, and a distilled net returns the mean of its two heads
 in eval (as timm's deit does).
@@ -32,7 +32,8 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from ..arch import Arch, ArchError, Block, PatchEmbed, Reduction
+from ..arch import Arch, ArchError
+from .network_def import Block, NetworkDef, PatchEmbed, Reduction
 
 __all__ = ["VitResNas", "checkpoint_filter_fn"]
 
@@ -180,7 +181,7 @@ class VitResNas(nn.Module):
     """A network of the ViT-ResNAS family, built from its ``network_def``.
 
     Args:
-        network_def: The architecture, see :mod:`timm_resnas.arch`. Absent blocks keep their index in ``blocks``.
+        network_def: The architecture, see `NetworkDef`. Absent blocks keep their index in ``blocks``.
         img_size: Image size, one number or (height, width); a multiple of the total stride.
         patch_size: Pixels per position of the first stage; even where the patch embedding has a convolutional stem.
         in_chans: Number of image channels.
@@ -222,7 +223,7 @@ class VitResNas(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        arch = Arch.from_network_def(network_def)
+        arch = NetworkDef.from_network_def(network_def)
         if distill_token and patch_head:
             raise ValueError("distill_token and patch_head exclude each other; choose one of the two")
         if drop_path_slots not in ("present", "all"):
@@ -640,7 +641,7 @@ def _create_vit_resnas(variant: str, pretrained: bool = False, **kwargs) -> VitR
     network_def = kwargs["network_def"]
     if isinstance(network_def, Arch):
         raise ArchError("network_def must be JSON-plain so that the model can be saved; pass arch.to_network_def()")
-    arch = Arch.from_network_def(network_def)
+    arch = NetworkDef.from_network_def(network_def)
     # the builder would set these from the default cfg
     kwargs.setdefault("num_classes", arch.num_classes)
     kwargs.setdefault("img_size", 224)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Widths", "elastic_layer_norm", "elastic_linear", "masked_layer_norm", "touch"]
+__all__ = ["Widths", "elastic_layer_norm", "elastic_linear", "masked_layer_norm", "zero_grads_for"]
 
 # One width for each group of each pack.
 Widths = Sequence[Sequence[int]]
@@ -198,16 +198,16 @@ class _MaskedLayerNorm(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias, None
 
 
-def touch(x: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
+def zero_grads_for(x: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
     """``x`` as it is; in the backward pass ``params``, which took no part, get gradients of zero.
 
     So every parameter has a gradient in every step: distributed training needs that to know that a step is complete,
     and an optimizer treats what was left out as it treats what was masked.
     """
-    return _Touch.apply(x, *params) if params and torch.is_grad_enabled() else x
+    return _ZeroGradsFor.apply(x, *params) if params and torch.is_grad_enabled() else x
 
 
-class _Touch(torch.autograd.Function):
+class _ZeroGradsFor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *params):
         ctx.shapes = [(p.shape, p.dtype, p.device) for p in params]

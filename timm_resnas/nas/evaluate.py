@@ -2,7 +2,7 @@
 
 Scores are integers, cached by `Arch.key`, and a function of weights and images alone, so that a search has the same
 history on any number of processes. Every score is appended at once to a file of its process; a killed search that is
-started again computes none of them anew. Processes take the next candidates from a common counter, so that a slow one
+started again computes none of them twice. Processes take the next candidates from a common counter, so that a slow one
 holds none up.
 """
 
@@ -16,16 +16,16 @@ import torch
 
 from ..arch import Arch
 from .jsonl import append_jsonl, read_jsonl
-from .supernet import VitResNasSupernet
+from .supernet import Supernet
 
 __all__ = ["Evaluator", "count_correct"]
 
-# Room for the stem's output of the whole evaluation set: the stem is common to all sub-networks.
-STEM_CACHE_BYTES = 512 << 20
-# Where it does not fit, so many candidates share a pass over the images, and with it decoding and the stem.
+# Room for what all sub-networks compute alike (`Supernet.shared`), over the whole evaluation set.
+SHARED_CACHE_BYTES = 512 << 20
+# Where it does not fit: candidates that share a pass over the images, and with it decoding and the shared part.
 TOGETHER = 8
-# A first look ends a candidate whose estimate stays so many standard errors below what the parents need.
-FIRST_LOOK_ERRORS = 2.0
+# Pre-screening stops a candidate whose estimate stays this many standard errors below what the parents need.
+PRESCREEN_ERRORS = 2.0
 
 
 @torch.inference_mode()
@@ -44,13 +44,13 @@ class Evaluator:
     Args:
         net: The supernet, on the device of the batches; it is put in eval mode.
         batches: Re-iterable (images, labels), the same at every pass.
-        first_look: More batches, disjoint from ``batches``, that are scored first: see `score`.
+        prescreen: More batches, disjoint from ``batches``, that are scored first: see `score`.
         folder: Where score files are kept; None keeps scores in memory only.
         fingerprint: Names the weights and images that the scores belong to; scores under another name are left alone.
         rank: This process.
         world: Number of processes.
         gather: Joins the processes' lists, called once here and once per `score`; needed when ``world`` > 1.
-        take: A counter that all processes share: the number of earlier calls with this name. Needed when
+        next_index: An atomic counter that all processes share: the number of earlier calls with this name. Needed when
             ``world`` > 1.
         dtype: Run the network under autocast to this type.
 
@@ -58,35 +58,37 @@ class Evaluator:
         num_computed: Candidates that this process has scored itself.
 
     Raises:
-        ValueError: Several processes without ``gather`` and ``take``; a score file that is damaged.
+        ValueError: Several processes without ``gather`` and ``next_index``; a score file that is damaged.
     """
 
     def __init__(
         self,
-        net: VitResNasSupernet,
+        net: Supernet,
         batches: Iterable,
         *,
-        first_look: Iterable | None = None,
+        prescreen: Iterable | None = None,
         folder: str | Path | None = None,
         fingerprint: str = "",
         rank: int = 0,
         world: int = 1,
         gather: Callable[[list], list] | None = None,
-        take: Callable[[str], int] | None = None,
+        next_index: Callable[[str], int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if world > 1 and (gather is None or take is None):
-            raise ValueError("several processes need to join their scores and to share a counter; pass gather and take")
+        if world > 1 and (gather is None or next_index is None):
+            raise ValueError(
+                "several processes need to join their scores and to share a counter; pass gather and next_index"
+            )
         self.net = net.eval()
-        self.parts = [batches] if first_look is None else [first_look, batches]
-        self.rank, self.world, self.gather, self.take = rank, world, gather, take
+        self.parts = [batches] if prescreen is None else [prescreen, batches]
+        self.rank, self.world, self.gather, self.next_index = rank, world, gather, next_index
         self.dtype = dtype
         self.fingerprint = fingerprint
         self.num_computed = 0
         self._sizes: list[int] | None = None  # images of each part
         self._records: dict[str, dict[str, Any]] = {}
-        self._cut: dict[str, dict[str, Any]] = {}  # ended by a first look
-        self._stems: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._stopped: dict[str, dict[str, Any]] = {}  # by pre-screening
+        self._shared: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._rounds = 0
         self._file: Path | None = None
         known: list[dict[str, Any]] = []
@@ -105,9 +107,9 @@ class Evaluator:
     ) -> list[int]:
         """Correct answers of each architecture; every process must call it with the same arguments.
 
-        With ``at_least`` and a first look, a candidate is scored on the images of the first look alone when their
-        share of correct answers, carried over to all images, stays two standard errors below ``at_least``. Its score
-        is that estimate, always below ``at_least``; its record has ``looked``, the number of images seen.
+        With ``at_least`` and ``prescreen``, a candidate is scored on those images alone when their share of correct
+        answers, carried over to all images, stays two standard errors below ``at_least``. Its score is that estimate,
+        always below ``at_least``; its record has ``prescreened``, the number of images seen.
 
         Args:
             archs: Candidates.
@@ -115,11 +117,11 @@ class Evaluator:
             at_least: The score that a candidate must reach to be of use; None scores all images.
         """
         at_least = at_least if len(self.parts) > 1 else None
-        known = self._records if at_least is None else {**self._records, **self._cut}
+        known = self._records if at_least is None else {**self._records, **self._stopped}
         todo = {arch.key(): arch for arch in archs if arch.key() not in known}
         # the most expensive first: processes then finish together
-        macs = self.net.space.cost_model.costs  # a sub-network need not be of the supernet's own space
-        queue = sorted(todo.values(), key=lambda a: (-macs(a)["macs"], a.key()))
+        args = self.net.space.model_args  # a sub-network need not be of the supernet's own space
+        queue = sorted(todo.values(), key=lambda a: (-a.costs(**args)["macs"], a.key()))
         mine: list[dict[str, Any]] = []
         for chunk in self._chunks(queue):
             start = time.perf_counter()
@@ -135,20 +137,20 @@ class Evaluator:
         self._remember(mine if self.world == 1 else self.gather(mine))
         return [self.record(arch, at_least is not None)["score"] for arch in archs]
 
-    def record(self, arch: Arch, first_look: bool = False) -> dict[str, Any]:
-        """What is known of a scored architecture: ``score``, ``seconds`` and, after a first look alone, ``looked``."""
+    def record(self, arch: Arch, prescreened: bool = False) -> dict[str, Any]:
+        """What is known of a scored architecture: ``score``, ``seconds`` and, if it was stopped, ``prescreened``."""
         key = arch.key()
-        return self._cut[key] if first_look and key in self._cut else self._records[key]
+        return self._stopped[key] if prescreened and key in self._stopped else self._records[key]
 
     def _chunks(self, queue: list[Arch]) -> Iterator[list[Arch]]:
-        """Candidates for this process to score, so many at a time as share a pass over the images."""
-        if queue and self._stems is None:
-            self._cache_stems()
-        size = 1 if self._stems else max(1, min(TOGETHER, len(queue) // self.world))
+        """Candidates for this process to score, those together that share a pass over the images."""
+        if queue and self._shared is None:
+            self._cache_shared()
+        size = 1 if self._shared else max(1, min(TOGETHER, len(queue) // self.world))
         self._rounds += 1
         number = 0
         while True:
-            begin = size * (number if self.world == 1 else self.take(f"round {self._rounds}"))
+            begin = size * (number if self.world == 1 else self.next_index(f"round {self._rounds}"))
             if begin >= len(queue):
                 return
             yield queue[begin : begin + size]
@@ -156,80 +158,82 @@ class Evaluator:
 
     def _remember(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
-            (self._cut if "looked" in record else self._records).setdefault(record["key"], record)
+            (self._stopped if "prescreened" in record else self._records).setdefault(record["key"], record)
 
     @torch.inference_mode()
     def _count(self, archs: list[Arch], at_least: int | None) -> list[dict[str, Any]]:
         """Score records of architectures that share each pass over the images."""
         net, previous = self.net, self.net.active
         correct = [0] * len(archs)
-        cut: dict[int, int] = {}
+        stopped: dict[int, int] = {}
         try:
             with self._autocast():
                 seen = 0
                 for part in range(len(self.parts)):
-                    left = [i for i in range(len(archs)) if i not in cut]
+                    left = [i for i in range(len(archs)) if i not in stopped]
                     counts: dict[int, Any] = dict.fromkeys(left, 0)
                     images = 0
-                    for stem, labels in self._stem_batches(part) if left else ():
+                    for shared, labels in self._batches(part) if left else ():
                         images += len(labels)
                         for i in left:
                             net.set_arch(archs[i])
-                            counts[i] = counts[i] + (net.forward_from_stem(stem).argmax(dim=-1) == labels).sum()
+                            counts[i] = counts[i] + (net.forward_shared(shared).argmax(dim=-1) == labels).sum()
                     seen += images
                     for i in left:
                         correct[i] += int(counts[i])
                     if at_least is not None and part == 0:
                         total = sum(self._part_sizes())
-                        cut = {
+                        stopped = {
                             i: estimate
                             for i in left
-                            if (estimate := _hopeless(correct[i], seen, total, at_least)) is not None
+                            if (estimate := _below(correct[i], seen, total, at_least)) is not None
                         }
         finally:
             net.set_arch(previous)
-        first = self._part_sizes()[0] if cut else 0
+        seen = self._part_sizes()[0] if stopped else 0
         return [
-            {"key": a.key(), "score": cut[i], "looked": first} if i in cut else {"key": a.key(), "score": correct[i]}
+            {"key": a.key(), "score": stopped[i], "prescreened": seen}
+            if i in stopped
+            else {"key": a.key(), "score": correct[i]}
             for i, a in enumerate(archs)
         ]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.net.cls_token.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(next(self.net.parameters()).device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def _part_sizes(self) -> list[int]:
         if self._sizes is None:
             self._sizes = [sum(len(y) for _, y in part) for part in self.parts]
         return self._sizes
 
-    def _stem_batches(self, part: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        if self._stems:
-            return self._stems[part]
-        return ((self.net.patch_embed.stem(x), y) for x, y in self.parts[part])
+    def _batches(self, part: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        if self._shared:
+            return self._shared[part]
+        return ((self.net.shared(x), y) for x, y in self.parts[part])
 
     @torch.inference_mode()
-    def _cache_stems(self) -> None:
-        """Keep the stem's output of all images, if there is room; an empty list stands for no."""
-        stems: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    def _cache_shared(self) -> None:
+        """Keep what sub-networks share for all images, if there is room; an empty list where there is none."""
+        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         used = 0
-        self._stems = []
+        self._shared = []
         with self._autocast():
             for part in self.parts:
-                stems.append([])
+                kept.append([])
                 for x, y in part:
-                    stem = self.net.patch_embed.stem(x)
-                    used += stem.nbytes
-                    if used > STEM_CACHE_BYTES:
+                    shared = self.net.shared(x)
+                    used += shared.nbytes
+                    if used > SHARED_CACHE_BYTES:
                         return
-                    stems[-1].append((stem, y))
-        self._stems = stems
+                    kept[-1].append((shared, y))
+        self._shared = kept
 
 
-def _hopeless(correct: int, images: int, total: int, at_least: int) -> int | None:
+def _below(correct: int, images: int, total: int, at_least: int) -> int | None:
     """The estimated score out of ``total``, if it is clear enough that it stays below ``at_least``."""
     share = correct / images
     # of a share seen on part of a finite set
     error = math.sqrt(share * (1 - share) / images * (total - images) / max(1, total - 1))
-    if (share + FIRST_LOOK_ERRORS * error) * total >= at_least:
+    if (share + PRESCREEN_ERRORS * error) * total >= at_least:
         return None
     return math.floor(share * total)

@@ -10,13 +10,12 @@ Both searches ask and tell: they name the networks to score, and take the scores
 >>> search = EvolutionSearch(space, Budget(macs=12e6), seed=0)
 >>> while not search.done:
 ...     search.tell([(arch, score(arch)) for arch in search.ask()])
->>> search.best["network_def"]
+>>> Arch.from_record(search.best)
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,13 +24,13 @@ import numpy as np
 
 from ..arch import Arch
 from .cost import Budget
-from .space import BudgetError, ExtraCosts, SearchSpace
+from .space import BudgetError, SearchSpace
 
-__all__ = ["EvolutionSearch", "RandomSearch", "Search", "plain", "rank_key"]
+__all__ = ["EvolutionSearch", "RandomSearch", "Search", "rank_key"]
 
-_PATIENCE = 8  # fruitless re-draws, one after the other, until a generation is left smaller
+_PATIENCE = 8  # consecutive draws without a new candidate before a generation is cut short
 _SPARE = 16
-_FORMAT = 1
+_FORMAT = 2
 
 
 def rank_key(record: Mapping[str, Any]) -> tuple:
@@ -48,12 +47,12 @@ class Search:
         seed: Seed of all randomness. The same seed and scores give the same history, whatever the order in which
             scores were told.
         generations: Number of generations, the initial one included.
-        extra_costs: Gives limited costs that shapes do not (``latency_ms``); they are recorded in the history.
 
     Attributes:
         history: One record per scored network, in ask order, added when its generation is complete. JSON-plain:
-            ``network_def``, ``key``, ``macs``, ``params``, ``memory`` and extra costs, ``score``, ``generation``,
-            ``origin`` ("initial", "mutation", "crossover" or "random").
+            ``model`` and ``args`` (`Arch.record`), ``key``, the space's costs, ``score``, ``generation``, ``origin``
+            ("initial", "mutation", "crossover" or "random").
+        archs: The networks of the history, by key.
         generation: Number of the current generation, from 0.
         batch: Networks of a generation after the initial one, at most.
 
@@ -72,19 +71,17 @@ class Search:
         seed: int,
         *,
         generations: int,
-        extra_costs: ExtraCosts | None = None,
     ) -> None:
         self.space = space
         self.budget = budget
         self.seed = seed
-        self.extra_costs = extra_costs
         self.generations = _count("iterations", generations)
         if budget is not None:
-            space.check_budget(budget, extra_costs)
+            space.check_budget(budget)
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self.history: list[dict[str, Any]] = []
         self.generation = 0
-        self._known: set[str] = set()  # keys of the history
+        self.archs: dict[str, Arch] = {}
         self._pending: dict[str, tuple[Arch, str]] = {}  # by key, in ask order
         self._scores: dict[str, int | float] = {}
         self._exhausted = False
@@ -101,7 +98,7 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to score: all generations are complete, or no new network is found any more."""
+        """Whether nothing is left to score: all generations are complete, or no new network is found any longer."""
         if not self._pending and self.generation < self.generations and not self._exhausted:
             self._advance()
         return not self._pending
@@ -152,15 +149,15 @@ class Search:
     def _complete(self) -> None:
         for key, (arch, origin) in self._pending.items():
             record = {
-                "network_def": json.loads(arch.to_json()),
+                **arch.record(),
                 "key": key,
-                **plain(self.space.costs(arch, self.extra_costs)),
+                **self.space.costs(arch),
                 "score": self._scores[key],
                 "generation": self.generation,
                 "origin": origin,
             }
             self.history.append(record)
-        self._known.update(self._pending)
+        self.archs.update((key, arch) for key, (arch, _) in self._pending.items())
         self._pending, self._scores = {}, {}
         self.generation += 1
 
@@ -179,14 +176,14 @@ class Search:
                 break
             for arch in drawn:
                 key = arch.key()
-                if len(found) < n and key not in self._known and key not in taken:
+                if len(found) < n and key not in self.archs and key not in taken:
                     taken.add(key)
                     found.append((arch, origin))
             fruitless = 0 if len(found) > before else fruitless + 1
         return found
 
     def _sample(self, n: int) -> list[Arch]:
-        return self.space.sample_many(n, self._rng, self.budget, self.extra_costs)
+        return self.space.sample_many(n, self._rng, self.budget)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
@@ -201,11 +198,7 @@ class Search:
             "exhausted": self._exhausted,
             "history": copy.deepcopy(self.history),
             "pending": [
-                {
-                    "network_def": json.loads(arch.to_json()),
-                    "origin": origin,
-                    "score": self._scores.get(key),
-                }
+                {**arch.record(), "origin": origin, "score": self._scores.get(key)}
                 for key, (arch, origin) in self._pending.items()
             ],
         }
@@ -227,17 +220,18 @@ class Search:
                 )
         try:
             history = copy.deepcopy(list(state["history"]))
-            known = set()
+            archs: dict[str, Arch] = {}
             for i, record in enumerate(history):
                 rank_key(record)
-                if record["key"] != Arch.from_network_def(record["network_def"]).key():
-                    raise ValueError(f"the key of history record {i} is not its network_def's")
-                known.add(record["key"])
+                arch = Arch.from_record(record)
+                if record["key"] != arch.key():
+                    raise ValueError(f"the key of history record {i} is not its architecture's")
+                archs[record["key"]] = arch
             pending: dict[str, tuple[Arch, str]] = {}
             scores: dict[str, int | float] = {}
             for item in state["pending"]:
-                arch = Arch.from_network_def(item["network_def"])
-                self.space.check(arch)
+                arch = Arch.from_record(item)
+                self.space.encode(arch)
                 pending[arch.key()] = (arch, item["origin"])
                 if item["score"] is not None:
                     scores[arch.key()] = item["score"]
@@ -247,7 +241,7 @@ class Search:
         except (KeyError, TypeError, ValueError) as err:
             raise ValueError(f"the state of the search is damaged: {type(err).__name__} {err}") from err
         self.history, self.generation, self._exhausted = history, generation, exhausted
-        self._pending, self._scores, self._known = pending, scores, known
+        self._pending, self._scores, self.archs = pending, scores, archs
         self._rng = np.random.Generator(rng)
 
     def _setup(self) -> dict[str, Any]:
@@ -266,7 +260,7 @@ class EvolutionSearch(Search):
     the search.
 
     Args:
-        space: See :class:`Search`; so are ``budget``, ``seed`` and ``extra_costs``.
+        space: See :class:`Search`; so are ``budget`` and ``seed``.
         population: Random networks of the initial generation.
         iterations: Number of generations, the initial one included.
         parents: Best networks of the whole history that the next generation is bred from.
@@ -293,9 +287,8 @@ class EvolutionSearch(Search):
         mutations: int = 75,
         crossovers: int = 75,
         mutation_prob: float = 0.3,
-        extra_costs: ExtraCosts | None = None,
     ) -> None:
-        super().__init__(space, budget, seed, generations=iterations, extra_costs=extra_costs)
+        super().__init__(space, budget, seed, generations=iterations)
         self.population = _count("population", population)
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)
@@ -317,21 +310,23 @@ class EvolutionSearch(Search):
 
     def top(self, n: int) -> list[Arch]:
         """The ``n`` best networks of the history, best first."""
-        ranked = sorted(self.history, key=rank_key)[:n]
-        return [Arch.from_network_def(record["network_def"]) for record in ranked]
+        return [self.archs[record["key"]] for record in sorted(self.history, key=rank_key)[:n]]
 
     def _propose(self) -> list[tuple[Arch, str]]:
         taken: set[str] = set()
         if not self.history:
             return self._fresh(self.population, self._sample, "initial", taken)
         parents = self.top(self.parents)
-        args = (self._rng, self.mutation_prob, self.budget, self.extra_costs)
-        found = self._fresh(self.mutations, lambda n: self.space.mutate_many(parents, n, *args), "mutation", taken)
+
+        def mutate(n: int) -> list[Arch]:
+            return self.space.mutate_many(parents, n, self._rng, self.mutation_prob, self.budget)
+
+        def cross(n: int) -> list[Arch]:
+            return self.space.crossover_many(parents, n, self._rng, self.budget)
+
+        found = self._fresh(self.mutations, mutate, "mutation", taken)
         if len(parents) > 1:
-            args = (self._rng, self.budget, self.extra_costs)
-            found += self._fresh(
-                self.crossovers, lambda n: self.space.crossover_many(parents, n, *args), "crossover", taken
-            )
+            found += self._fresh(self.crossovers, cross, "crossover", taken)
         return found
 
 
@@ -356,9 +351,8 @@ class RandomSearch(Search):
         iterations: int = 20,
         mutations: int = 75,
         crossovers: int = 75,
-        extra_costs: ExtraCosts | None = None,
     ) -> None:
-        super().__init__(space, budget, seed, generations=iterations, extra_costs=extra_costs)
+        super().__init__(space, budget, seed, generations=iterations)
         self.population = _count("population", population)
         self.batch = _count("mutations + crossovers", mutations + crossovers)
 
@@ -373,8 +367,3 @@ def _count(name: str, value: Any, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.40}")
     return value
-
-
-def plain(costs: Mapping[str, Any]) -> dict[str, int | float]:
-    """Costs as Python numbers."""
-    return {name: value.item() if hasattr(value, "item") else value for name, value in costs.items()}

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..arch import Arch
-from .cost import Budget
+from .cost import Budget, budget_violation, format_cost
 from .evolution import Search, _count, rank_key
-from .space import BudgetError, ExtraCosts, SearchSpace
+from .space import BudgetError, SearchSpace
 
-__all__ = ["ParetoSearch", "budget_violation", "survivors"]
+__all__ = ["ParetoSearch", "survivors"]
 
 _POOL = 8  # networks drawn for each one of the initial generation
 _TILT = 8.0  # strongest preference for large or small choices, as the exponent between a layer's ends
@@ -39,9 +39,9 @@ class ParetoSearch(Search):
     the parents of mutations and crossovers. Where these bring too few new networks, random ones are added.
 
     Args:
-        space: See :class:`Search`; so are ``seed`` and ``extra_costs``, which gives measured objectives, too.
+        space: See :class:`Search`; so is ``seed``.
         budget: What a network may cost; None for no limit. Its lower band is not used.
-        objectives: Costs to keep low: ``macs``, ``params``, ``memory``, or one that ``extra_costs`` gives
+        objectives: Costs to keep low: ``macs``, ``params``, ``memory``, or another that the space has a price for
             (``latency_ms``). The score, to be high, is always the other objective.
         population: Networks of the initial generation.
         iterations: Number of generations, the initial one included.
@@ -77,22 +77,28 @@ class ParetoSearch(Search):
         mutation_prob: float | None = None,
         lower: float = 0.0,
         max_score: int | float = 1,
-        extra_costs: ExtraCosts | None = None,
     ) -> None:
         _pymoo()
         if budget is not None:
             budget = Budget(lower=lower, **budget.limits)
-        super().__init__(space, budget, seed, generations=iterations, extra_costs=extra_costs)
+        super().__init__(space, budget, seed, generations=iterations)
         # what objectives are measured by: the largest network, of the whole space whatever the budget
-        self._largest = space.costs(space.largest, extra_costs)
+        self._largest = space.costs(space.largest)
         self.objectives = _check_objectives(objectives, self._largest)
+        for name in self.objectives:
+            least, most = space.cost_range(name)
+            if least == most and space.size() > 1:
+                raise ValueError(
+                    f"all networks of the space have {name} {format_cost(name, most)}, which cannot be an objective; "
+                    f"choose among {', '.join(n for n in self._largest if n != name)}"
+                )
         self.population = _count("population", population)
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)
         self.crossovers = _count("crossovers", crossovers, minimum=0)
         self.batch = self.mutations + self.crossovers
         if mutation_prob is None:
-            mutation_prob = min(1.0, 2 / max(len(space.layers), 1))
+            mutation_prob = min(1.0, 2 / max(len(space.searched), 1))
         if not 0 < mutation_prob <= 1:
             raise ValueError(f"mutation_prob must be above 0 and at most 1, got {mutation_prob!r}")
         self.mutation_prob = float(mutation_prob)
@@ -182,17 +188,17 @@ class ParetoSearch(Search):
                 return found
         violation = np.array([budget_violation(self.budget, r) for r in self.history])
         order = survivors(self._values(self.history), self.parents, violation)
-        parents = [Arch.from_network_def(self.history[i]["network_def"]) for i in order]
+        parents = [self.archs[self.history[i]["key"]] for i in order]
 
         def winners(n: int) -> list[Arch]:
             # survivors are in order, so the winner of a tournament is the one that comes first
             return [parents[i] for i in self._rng.integers(len(parents), size=(n, 2)).min(axis=1)]
 
         def mutate(n: int) -> list[Arch]:
-            return self.space.mutate_many(winners(n), n, self._rng, self.mutation_prob, self.budget, self.extra_costs)
+            return self.space.mutate_many(winners(n), n, self._rng, self.mutation_prob, self.budget)
 
         def cross(n: int) -> list[Arch]:
-            return self.space.crossover_many(winners(max(n, 2)), n, self._rng, self.budget, self.extra_costs)
+            return self.space.crossover_many(winners(max(n, 2)), n, self._rng, self.budget)
 
         found = self._fresh(self.mutations, mutate, "mutation", taken)
         if len(parents) > 1:
@@ -206,7 +212,7 @@ class ParetoSearch(Search):
 
         Independent draws all cost about the same, the mean. Here each network prefers large or small choices by a
         tilt of its own: a choice at x of the way from a layer's largest to its smallest has the odds exp(tilt * x).
-        What is above a limit is drawn anew with more tilt to small.
+        What is above a limit is redrawn with more tilt to small.
         """
         pool = {arch.key(): arch for arch in (self.space.smallest, self.space.largest) if self._fits(arch)}
         tilt = np.linspace(-_TILT, _TILT, _POOL * n)
@@ -217,7 +223,7 @@ class ParetoSearch(Search):
             tilt = tilt[~fits & (tilt < _MAX_TILT)]
             tilt += np.maximum(_TILT / 4, tilt / 2)
         archs = list(pool.values())
-        place = np.log([self.space.cost_model.costs(arch)["macs"] for arch in archs])
+        place = np.log(self.space.table("macs").cost(self.space.rows(archs))) if archs else np.zeros(0)
         found: list[tuple[Arch, str]] = []
         for target in np.linspace(place.min(), place.max(), n) if archs else ():
             if len(found) < len(archs):
@@ -227,7 +233,7 @@ class ParetoSearch(Search):
         return found
 
     def _tilted(self, tilt: np.ndarray) -> list[Arch]:
-        counts = np.array([len(layer.choices) for layer in self.space.layers])
+        counts = np.array([len(gene.draws) for gene in self.space.searched])
         tilt = np.where(tilt == 0, 1e-9, tilt)[:, None]
         # the inverse of the distribution on [0, 1) whose density grows as exp(tilt * x)
         x = np.log1p(self._rng.random((len(tilt), len(counts))) * np.expm1(tilt)) / tilt
@@ -236,12 +242,7 @@ class ParetoSearch(Search):
     def _fits(self, arch: Arch) -> bool:
         if self.budget is None:
             return True
-        costs = self.space.cost_model.costs(arch)
-        if any(costs.get(name, 0) > limit for name, limit in self.budget):
-            return False
-        if self.extra_costs and any(name not in costs for name, _ in self.budget):
-            costs = {**costs, **self.extra_costs(arch)}
-        return not self.budget.check(costs)
+        return not self.budget.check(self.space.costs(arch))
 
 
 def survivors(values: np.ndarray, n: int, violation: np.ndarray | None = None) -> np.ndarray:
@@ -271,15 +272,6 @@ def survivors(values: np.ndarray, n: int, violation: np.ndarray | None = None) -
     return np.array(chosen[:n], dtype=np.intp)
 
 
-def budget_violation(budget: Budget | None, costs: Mapping[str, int | float]) -> float:
-    """By how much costs miss a budget: the sum of the excesses, each as a fraction of its limit; 0 is within."""
-    if budget is None:
-        return 0.0
-    floor, limit = budget.band
-    below = max(0.0, (floor - costs[budget.first]) / limit)
-    return below + sum(max(0.0, costs[name] / limit - 1) for name, limit in budget)
-
-
 def _pymoo() -> SimpleNamespace:
     """The parts of pymoo that are used here; its import takes half a second, and only this search needs it."""
     try:
@@ -302,7 +294,7 @@ def _check_objectives(objectives: Sequence[str], known: Mapping[str, Any]) -> tu
         )
     for name in names:
         if name == "latency_ms" and name not in known:
-            raise ValueError("the objective latency_ms is measured; pass extra_costs that gives it (a latency table)")
+            raise ValueError("the objective latency_ms is measured; price it from a latency table")
         if name not in known:
             raise ValueError(
                 f"unknown objective {name!r}; known costs: {', '.join(known)} (the score is always an objective)"

@@ -2,7 +2,7 @@
 
 Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv.org/abs/2109.00642, section 3.3
 (multi-architectural sampling, progressive warm-up). The released code repeats one set of masks for a whole epoch where
-nothing else draws from the generator; here each step has draws of its own, and they are a function of their arguments
+nothing else draws from the generator; here each step has its own draws, and they are a function of their arguments
 alone, so that any process can name any other's architectures and a resumed run draws what an unbroken one would.
 """
 
@@ -15,10 +15,10 @@ __all__ = ["MultiArchSampler", "SandwichSampler"]
 
 
 class MultiArchSampler:
-    """Balanced independent draws per layer, over the groups of all processes.
+    """Balanced independent draws per gene, over the groups of all processes.
 
-    With N groups and n entries open in a layer, each entry is drawn floor(N / n) times, the rest is a random subset,
-    and the order is random, independently for each layer. Which entries are open grows from the largest only to all:
+    With N groups and n entries open in a gene, each entry is drawn floor(N / n) times, the rest is a random subset,
+    and the order is random, independently for each gene. Which entries are open grows from the largest only to all:
     ``clamp(1 + floor(epoch * (n - 1) / warmup_epochs), 1, n)``. An entry's multiplicity counts: ``[C, C, 0, 0]`` is
     four entries.
 
@@ -43,7 +43,7 @@ class MultiArchSampler:
         self.warmup_epochs = warmup_epochs
 
     def num_open(self, num_entries: int, epoch: int) -> int:
-        """How many of a layer's entries, largest first, are open in an epoch."""
+        """How many of a gene's entries, largest first, are open in an epoch."""
         if self.warmup_epochs == 0:
             return num_entries
         return min(max(1 + epoch * (num_entries - 1) // self.warmup_epochs, 1), num_entries)
@@ -60,14 +60,14 @@ class MultiArchSampler:
         return self.space.build(self.picks(epoch, step))[rank * share : (rank + 1) * share]
 
     def picks(self, epoch: int, step: int) -> np.ndarray:
-        """Index into ``choices`` of each layer of ``space.layers`` for each group, [num_archs, num_layers]."""
+        """Index into ``draws`` of each gene of ``space.searched`` for each group, [num_archs, num_genes]."""
         return self._balanced(epoch, step, self.num_archs)
 
     def _balanced(self, epoch: int, step: int, num_archs: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch, step])
-        picks = np.empty((num_archs, len(self.space.layers)), np.int64)
-        for i, layer in enumerate(self.space.layers):
-            n = self.num_open(len(layer.choices), epoch)
+        picks = np.empty((num_archs, len(self.space.searched)), np.int64)
+        for i, gene in enumerate(self.space.searched):
+            n = self.num_open(len(gene.draws), epoch)
             even = np.repeat(np.arange(n), num_archs // n)
             rest = rng.permutation(n)[: num_archs % n]
             picks[:, i] = rng.permutation(np.concatenate([even, rest]))
@@ -96,6 +96,6 @@ class SandwichSampler(MultiArchSampler):
 
     def picks(self, epoch: int, step: int) -> np.ndarray:
         """See `MultiArchSampler.picks`."""
-        largest = np.zeros(len(self.space.layers), np.int64)
-        smallest = [self.num_open(len(layer.choices), epoch) - 1 for layer in self.space.layers]
+        largest = np.zeros(len(self.space.searched), np.int64)
+        smallest = [self.num_open(len(gene.draws), epoch) - 1 for gene in self.space.searched]
         return np.vstack([largest, smallest, self._balanced(epoch, step, self.num_archs - 2)])

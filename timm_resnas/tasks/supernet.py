@@ -66,7 +66,7 @@ class SupernetTask(ClassificationTask):
         input: torch.Tensor,
         target: torch.Tensor | Sequence[torch.Tensor],
         archs: Iterable[Arch] | None = None,
-        mode: str = "auto",
+        mode: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the loss.
 
@@ -75,7 +75,7 @@ class SupernetTask(ClassificationTask):
             target: Labels [B]; with ``token_labeling`` class targets [B, K] and patch targets [B, N, K].
             archs: A sub-network for each of ``len(archs)`` equal contiguous groups of the batch; None: the active one
                 for all.
-            mode: See `VitResNasSupernet.forward`.
+            mode: See `Supernet.forward`.
 
         Returns:
             'loss' and 'output' (class logits in batch order); with ``token_labeling`` also 'cls_loss' and 'patch_loss',

@@ -1,0 +1,3 @@
+"""Searchable families: one file each, with the space and the supernet. Importing them registers the supernets."""
+
+from . import vit_resnas  # noqa: F401

@@ -1,0 +1,54 @@
+"""Multiply-accumulates of any PyTorch model, counted while it runs without data.
+
+What `cost` computes from an architecture, this counts on a built model, by the same rules: convolutions, linear layers
+and the two products of attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["count_macs"]
+
+
+def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-accumulates of one inference forward of one image.
+
+    Torch's ``FlopCounterMode`` counts, on a copy of the model on the meta device: nothing is computed, and attention
+    and recurrent layers fall apart into matrix products there. Elsewhere they are fused kernels, not all of which the
+    counter knows: before torch 2.15 it counts no attention on a CPU.
+
+    Args:
+        model: On any device, in any precision, training or not; it is left as it was, and so are torch's random
+            numbers.
+        input_size: (channels, height, width) of the image.
+
+    Raises:
+        ValueError: The model takes no such image, or its shapes depend on values, not on shapes alone.
+    """
+    skeleton = _on_meta(model).eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            skeleton(torch.empty(1, *input_size, device="meta"))
+    except (AssertionError, RuntimeError) as e:
+        size = " x ".join(map(str, input_size))
+        raise ValueError(f"MACs of {type(model).__name__} cannot be counted for an image of {size}: {e}") from e
+    return counter.get_total_flops() // 2
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model whose tensors have shapes only, and float32 for every floating type."""
+    memo = {}
+    for module in model.modules():
+        for value in tree_leaves(vars(module)):  # parameters, buffers, and what is kept in other attributes
+            if isinstance(value, torch.Tensor):
+                dtype = torch.float32 if value.is_floating_point() else value.dtype
+                shape = torch.empty_like(value, dtype=dtype, device="meta", requires_grad=False)
+                memo[id(value)] = nn.Parameter(shape, False) if isinstance(value, nn.Parameter) else shape
+    return copy.deepcopy(model, memo)
