@@ -1,0 +1,1 @@
+"""What recipes share: options, run folders, processes, training, searching, reports. Imported by recipes only."""

@@ -1,0 +1,72 @@
+"""Data of a run: its parts, and augmentation as the options say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import Splits, check_leak, content_hashes, default_augment, repeated, split_search_val, trained_on
+from .run import RunError
+from .settings import AugmentOptions
+
+__all__ = ["HASHED_IMAGES", "augmentation", "cut_validation", "image_pair"]
+
+
+HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
+
+
+def augmentation(options: AugmentOptions, splits: Splits, size: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of `train_transform`: what suits the data, and what the options say.
+
+    The default shifts of digits and Fashion-MNIST give way to a random crop that is asked for.
+    """
+    names = dict(aa="auto_augment", reprob="re_prob", remode="re_mode")
+    ours = ("scale", "ratio", "shift", "hflip", "vflip", "color_jitter", "aa", "reprob", "remode")
+    given = {names.get(k, k): getattr(options, k) for k in ours if getattr(options, k) is not None}
+    default = default_augment(splits, size)
+    if given.get("shift") == 0 or ("shift" not in given and {"scale", "ratio", "auto_augment"} & given.keys()):
+        given.pop("shift", None)
+        default.pop("shift", None)
+    if "shift" in given:
+        default.pop("scale", None)
+    return {**default, **given}
+
+
+def image_pair(size: list[int] | None) -> tuple[int, int] | None:
+    """(height, width) from what --img-size was given.
+
+    Raises:
+        RunError: More than two numbers, or none above 0.
+    """
+    if size is None:
+        return None
+    if len(size) > 2 or min(size) < 1:
+        raise RunError(f"--img-size takes one side, or height and width; got {' '.join(map(str, size))}")
+    return (size[0], size[-1])
+
+
+def cut_validation(
+    splits: Splits, per_class: int, fraction: float, seed: int, record: dict[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of the training part to train on and to validate on.
+
+    Pictures that are in the data twice are not validated on, nor are those that the weights were trained on before.
+
+    Args:
+        splits: The data.
+        per_class: See `split_search_val`; 0 keeps all images for training.
+        fraction: See `split_search_val`.
+        seed: Decides the cut.
+        record: `training_record` of the weights that training starts from.
+    """
+    if not per_class:
+        return list(range(len(splits.train))), []
+    # reading every image of a large set takes hours; its pictures are compared where that is asked for
+    small = len(splits.train) + len(splits.test) <= HASHED_IMAGES
+    hashes = content_hashes(splits.train) if small else None
+    avoid = repeated(hashes, content_hashes(splits.test)) if small else [False] * len(splits.train)
+    if record is not None:
+        avoid = [a or b for a, b in zip(avoid, trained_on(record, splits.train, hashes), strict=True)]
+    train, val = split_search_val(splits.train, per_class=per_class, fraction=fraction, seed=seed, avoid=avoid)
+    if small:
+        check_leak(splits.train, train, val, splits.test)
+    return train, val
