@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from hub_client import ROOT, fetch, run_python
 from safetensors.torch import load_file, save_file
 
-from timm_resnas.hub import CONFIG, WEIGHTS, HubError, checks, load
+from timm_resnas.hub import CONFIG, WEIGHTS, HubError, bounds, checks, load
 from timm_resnas.hub.bounds import bounded
 
 # the client's own way to send a file
@@ -82,7 +84,7 @@ HOSTILE = {
         None,
         "num_channels_to_keep",
     ),
-    "deep timm model": (vit(depth=65536), None, "more than 6,000 layers|more than 8,000,000,000"),
+    "deep timm model": (vit(depth=65536), None, "more than 5,000 layers|more than 8,000,000,000"),
     "wide timm model": (vit(embed_dim=65535, num_heads=1), None, "parameters|a tensor of"),
     "one large table": (
         top(architecture="swin_tiny_patch4_window7_224", model_args={"window_size": 128, "img_size": 4096}),
@@ -107,7 +109,7 @@ HOSTILE = {
     "own loader": (cfg(custom_load="hf"), None, "custom_load is not for a config.json"),
     "unknown key": (cfg(run="rm -rf"), None, "unknown keys"),
     "infinite mean": ('{"architecture": "vit_resnas", "pretrained_cfg": {"mean": [Infinity]}}', None, "not JSON"),
-    "zero std": (cfg(std=[0, 0, 0]), None, "std must be above 0"),
+    "zero std": (cfg(std=[0, 0, 0]), None, "std must be at least 0.0001"),
     "no such architecture": (top(architecture="os.system"), None, "not registered with timm"),
     "architecture with a path": (top(architecture="../../../etc/passwd"), None, "not registered with timm"),
     "architecture missing": ("{}", None, "architecture must be the name"),
@@ -150,6 +152,7 @@ HOSTILE = {
 def make_hostile(folder, target, change, weights):
     target.mkdir(parents=True)
     config = json.loads((folder / CONFIG).read_text())
+    del config["timm_resnas"]["sha256"]  # as folders of others are
     if callable(change):
         change(config)
     data = change if isinstance(change, str | bytes) else json.dumps(config)
@@ -280,3 +283,70 @@ def test_honest_timm_models_pass(name):
     config = checks.Config("config.json", name, {}, {}, {}, {})
     model = checks.build_on_meta(config)
     assert all(p.is_meta for p in model.parameters())
+
+
+# -- constructors that nobody knows -----------------------------------------------------------------------------------
+
+
+def endless():
+    while True:
+        pass
+
+
+def endless_and_deaf():
+    begin = time.thread_time()
+    while time.thread_time() - begin < 4:
+        try:
+            time.perf_counter()
+        except BaseException:
+            pass
+
+
+def hungry():
+    kept = []
+    while True:
+        kept.append([0] * 10_000)
+
+
+def hungry_at_once():
+    return [0] * (1 << 48)
+
+
+@pytest.mark.parametrize(
+    "work, message",
+    [
+        (endless, "takes longer than 0.3 s to build"),
+        (endless_and_deaf, "takes longer than 0.3 s to build"),
+        (hungry, "needs more than 50 MB of memory"),
+        (hungry_at_once, "needs too much memory"),
+    ],
+)
+def test_any_constructor_is_ended(monkeypatch, work, message):
+    monkeypatch.setattr(bounds, "_MAX_SECONDS", 0.3 if work is not hungry else 60)
+    monkeypatch.setattr(bounds, "_MAX_BYTES", 50 << 20)
+    begin = time.thread_time()
+    with pytest.raises(HubError, match=message), bounded("here", 1000):
+        work()
+    assert time.thread_time() - begin < 8
+    assert not [t for t in threading.enumerate() if t.name == "bounded"]
+    for _ in range(1000):  # nothing arrives later
+        time.perf_counter()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_large_allocation_at_once_is_refused():
+    code = """
+import resource
+from timm_resnas.hub import HubError
+from timm_resnas.hub.bounds import bounded
+before = resource.getrlimit(resource.RLIMIT_AS)
+try:
+    with bounded("here", 1000):
+        bytearray(3 << 30)
+except HubError as e:
+    print(e)
+bytearray(1)
+assert resource.getrlimit(resource.RLIMIT_AS) == before
+"""
+    done = run_python(code, {})
+    assert "needs too much memory to build" in done.stdout, done.stderr

@@ -82,7 +82,7 @@ def test_load_says_what_is_wrong(remote, folder, tmp_path):
         ("alice/empty", {}, "holds no config.json"),
         ("alice/empty", dict(revision="v9"), "alice/empty has no branch, tag or commit v9"),
         ("alice/pickle", {}, "only pytorch_model.bin, a pickle"),
-        ("../../etc", {}, "no repository's name"),
+        ("../../etc", {}, "cannot be a repository's name"),
         ("alice/net@a", dict(revision="b"), "two revisions"),
     ):
         with pytest.raises(HubError, match=message):
@@ -141,6 +141,11 @@ def test_check_notices_other_weights(folder, tmp_path):
     weights = load_file(other / WEIGHTS)
     weights["head.weight"][0, 0] += 0.1
     save_file(weights, other / WEIGHTS)
+    with pytest.raises(HubError, match="its sha256 differs from the one in config.json"):
+        load(other)
+    config = json.loads((other / CONFIG).read_text())
+    del config["timm_resnas"]["sha256"]  # as folders of before, and of others, have none
+    (other / CONFIG).write_text(json.dumps(config))
     load(other)
     with pytest.raises(HubError, match="logits of the loaded model differ from the stored ones by 0.1|by 0.0"):
         load(other, check=True)

@@ -205,7 +205,7 @@ MESSAGES = {
     "wrong token": (dict(token="hf_wrong"), "access token"),
     "reader": (dict(token="hf_reader"), "may not write to alice/net: it needs write permission"),
     "not mine": (dict(name="bob/net"), "must own 'bob'"),
-    "bad name": (dict(name="../net"), "no repository's name"),
+    "bad name": (dict(name="../net"), "cannot be a repository's name"),
     "no owner": (dict(name="net"), "expected owner/name"),
     "taken": (dict(name="alice/taken"), "the name is taken: alice/taken holds something"),
     "public": (dict(name="alice/taken", private=True), "is public"),

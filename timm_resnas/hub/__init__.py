@@ -8,11 +8,13 @@ A model's folder or repository holds
     README.md                  in a repository: the model card
 """
 
-from .checks import CONFIG, GOLDEN, WEIGHTS, check_golden, filter_fn_of
+from .card import escape_markdown
+from .checks import CONFIG, GOLDEN, WEIGHTS
 from .errors import HubError
 from .load import fetch, load, read_file
 from .push import EVIDENCE, PushResult, push, strip_paths
 from .save import save_pretrained
+from .weights import check_golden, check_tensors, filter_fn_of, sha256_of
 
 __all__ = [
     "CONFIG",
@@ -22,11 +24,14 @@ __all__ = [
     "HubError",
     "PushResult",
     "check_golden",
+    "check_tensors",
+    "escape_markdown",
     "fetch",
     "filter_fn_of",
     "load",
     "push",
     "read_file",
     "save_pretrained",
+    "sha256_of",
     "strip_paths",
 ]

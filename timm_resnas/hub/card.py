@@ -1,32 +1,36 @@
 """Model cards: what a repository on the Hub says about the model in it.
 
 Every number on a card is in the folder's config.json, is counted from the weights or the architecture, or is one of
-the results that the caller measured.
+the results that the caller measured. What comes from elsewhere (names of data, versions, results) is text, never
+Markdown: `escape_markdown`.
 """
 
+import importlib.metadata
+import json
+import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import huggingface_hub as hf
+from timm.models import get_pretrained_cfg
 from timm.models._registry import model_entrypoint
+from torch import nn
 
-from ..models.network_def import NetworkDef
+from ..arch import Arch
 from ..nas.cost import format_cost
-from ..nas.space import SearchSpace
 from ..version import __version__
-from .checks import Config, read_config, read_header
+from .checks import WEIGHTS, Config, build_on_meta, read_config
+from .weights import read_header
 
-__all__ = ["make_card"]
+__all__ = ["escape_markdown", "make_card"]
 
-PROJECT_URL: str | None = None  # of this repository, once it has one that `pip install git+…` can read
-
-_PAPERS = {
-    "2109.00642": "Searching for Efficient Multi-Stage Vision Transformers",
-    "2111.05297": "Sliced Recursive Transformer",
-    "2309.01310": "ExMobileViT: Lightweight Classifier Extension for Mobile Vision Transformer",
-    "2103.17239": "Going deeper with Image Transformers",
-}
+_BY = "the run that made this repository"
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_MAX_ROWS = 60  # of a table of layers
 
 
 def make_card(
@@ -55,14 +59,16 @@ def make_card(
         files: Names of the repository's other files; pictures among them are shown, tables are linked.
         license: Identifier of the weights' licence as the Hub knows it.
         tags: More tags.
-        text: A paragraph of the author's own.
+        text: A paragraph of the author's own, in Markdown.
         endpoint: The Hub's address in links, if not the usual one.
     """
     config = config or read_config(folder / "config.json")
+    model = build_on_meta(config)
     ours = model_entrypoint(config.architecture).__module__.startswith("timm_resnas")
     name = repo_id.split("/")[-1]
     root = f"{(endpoint or hf.constants.ENDPOINT).rstrip('/')}/{repo_id}"
-    supernet = _space(config) is not None
+    supernet = hasattr(model, "space")
+    base = _base(config)
     all_tags = ["image-classification", "timm", "safetensors"]
     all_tags += ["timm_resnas"] if ours else []
     all_tags += ["neural-architecture-search", "supernet"] if supernet else []
@@ -70,19 +76,20 @@ def make_card(
     data = hf.ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        license=license,
-        tags=list(dict.fromkeys([*all_tags, *tags])),
-        metrics=sorted({r["metric"] for r in results}) or None,
+        license=None if license is None else _line(license),
+        tags=list(dict.fromkeys([*all_tags, *map(_line, tags)])),
+        metrics=sorted({_line(r["metric"]) for r in results}) or None,
         model_name=name if results else None,
         eval_results=[_eval_result(r, root, revision) for r in results] or None,
+        base_model=base.get("repository"),
     )
     parts = [
-        f"# {name}" + (f" ({revision})" if revision else ""),
-        _summary(config),
+        f"# {escape_markdown(name)}" + (f" ({escape_markdown(revision)})" if revision else ""),
+        _summary(config, model, base),
         text,
         *_usage(config, repo_id, revision, ours, supernet),
-        *_architecture(config),
-        *_costs(folder, config),
+        *_architecture(config, model),
+        *_costs(folder, config, model),
         *_results(results),
         *_evidence(config, list(files)),
         *_sources(config, license),
@@ -91,145 +98,208 @@ def make_card(
     return hf.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
 
 
+# -- text in Markdown ----------------------------------------------------------------------------------------------
+
+
+def _line(value: Any) -> str:
+    """A fact as one line of text: no line breaks, control characters or lone surrogates, and not without end."""
+    if isinstance(value, dict | list | tuple):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    text = str(value)[:2000].encode("utf-8", "replace").decode("utf-8")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def escape_markdown(value: Any) -> str:
+    """A fact as text of a Markdown paragraph, heading, link or table cell, whatever it holds."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~&$])", r"\\\1", _line(value))
+
+
+def _code(value: Any) -> str:
+    """A fact as a code span; not for tables."""
+    text = _line(value)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if not text or text[0] == "`" or text[-1] == "`" else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{escape_markdown(k)} {_code(v)}" for k, v in facts.items() if v is not None)
+
+
+# -- the parts of a card -------------------------------------------------------------------------------------------
+
+
 def _eval_result(result: Mapping[str, Any], root: str, revision: str | None) -> hf.EvalResult:
-    kind, _, rest = result["dataset"].partition(":")
-    evidence = f"{root}/blob/{revision or 'main'}/{result.get('evidence', 'config.json')}"
+    dataset, split, metric = (_line(result[k]) for k in ("dataset", "split", "metric"))
+    kind, _, rest = dataset.partition(":")
+    evidence = f"{root}/blob/{quote(revision or 'main')}/{quote(_line(result.get('evidence', 'config.json')))}"
     return hf.EvalResult(
         task_type="image-classification",
         task_name="Image Classification",
         dataset_type=rest if kind == "hf" else kind,
-        dataset_name=result["dataset"],
-        dataset_split=result["split"],
-        metric_type=result["metric"],
-        metric_name=f"{result['metric']} ({result['split']})",
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=f"{metric} ({split})",
         metric_value=result["value"],
-        source_name=result.get("by", _BY),
+        source_name=_line(result.get("by", _BY)),
         source_url=evidence,
     )
 
 
-_BY = "the run that made this repository"
+def _base(config: Config) -> dict[str, str]:
+    """What the weights were trained on from: ``name``, ``license`` if known, ``repository`` if it is one."""
+    stated = config.info.get("base_model")
+    if not isinstance(stated, Mapping) or not stated.get("name"):
+        return {}
+    base = {k: _line(stated[k]) for k in ("name", "license") if stated.get(k)}
+    repository = base["name"].removeprefix("hf-hub:").split("@")[0]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        base["repository"] = repository
+    return base
 
 
-def _space(config: Config) -> SearchSpace | None:
-    """The search space, where the model is a supernet."""
-    if not config.architecture.endswith("_supernet"):
-        return None
-    space = config.model_args.get("space", config.architecture.removesuffix("_supernet"))
-    names = ("img_size", "num_classes", "in_chans")
-    args = {k: config.model_args[k] for k in names if k in config.model_args}
-    return SearchSpace.create(space).with_model_args(**args)
-
-
-def _summary(config: Config) -> str:
-    kind = f"A model of architecture `{config.architecture}`"
-    if (space := _space(config)) is not None:
+def _summary(config: Config, model: nn.Module, base: Mapping[str, str]) -> str:
+    architecture = _code(config.architecture)
+    searched = config.info.get("searched")
+    if hasattr(model, "space"):
         kind = (
-            f"A supernet (`{config.architecture}`): one set of weights that holds {float(space.size()):.3g} "
+            f"A supernet ({architecture}): one set of weights that holds {float(model.space.size()):.3g} "
             f"sub-networks, to search under a compute budget"
         )
-    elif "searched" in config.info:
-        searched = config.info["searched"]
-        kind = f"An image classifier found by architecture search (`{config.architecture}`)"
+    elif isinstance(searched, Mapping):
+        kind = f"An image classifier found by architecture search ({architecture})"
         if searched.get("dataset"):
-            kind += f" on {searched['dataset']}"
+            kind += f" on {escape_markdown(searched['dataset'])}"
         if searched.get("budget"):
-            kind += f" under the budget `{searched['budget']}`"
+            kind += f" under the budget {_code(searched['budget'])}"
     elif config.info.get("converted_from"):
-        kind = f"Weights of the authors of `{config.architecture}`, converted to safetensors"
+        kind = f"Weights of the authors of {architecture}, converted to safetensors"
+    else:
+        kind = f"A model of architecture {architecture}"
     text = kind + ", in timm's format."
     if config.info.get("weights"):
-        text += f" Its weights: {config.info['weights']}."
+        text += f" Its weights: {escape_markdown(config.info['weights'])}."
+    if base:
+        terms = f", whose licence is {escape_markdown(base['license'])}" if "license" in base else ""
+        text += f" It was trained on from {_code(base['name'])}{terms}."
     return text
+
+
+def _address() -> str | None:
+    """What pip reads this package from, where it was installed from an address that others reach."""
+    try:
+        stated = json.loads(importlib.metadata.distribution("timm_resnas").read_text("direct_url.json") or "{}")
+        url, vcs = stated.get("url", ""), stated.get("vcs_info", {})
+        if not re.match(r"https://[^@/]+/", url):  # neither a folder of this machine nor a name with a password
+            return None
+        return f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def _usage(config: Config, repo_id: str, revision: str | None, ours: bool, supernet: bool) -> list[str]:
     where = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+    parts = ["## Use"]
     if not ours:
-        install, imports = "pip install timm", "import timm"
+        parts.append("```bash\npip install timm\n```")
+        imports = "import timm"
+    elif address := _address():
+        parts.append(f"```bash\npip install {shlex.quote(f'timm_resnas @ {address}')}\n```")
+        imports = "import timm, timm_resnas  # registers the architecture; without it timm says 'Unknown model'"
     else:
-        install = f"pip install git+{PROJECT_URL}" if PROJECT_URL else "pip install .  # in a clone of timm_resnas"
+        parts.append(
+            f"The architecture is code of the Python package timm_resnas ({__version__}); install it from its source "
+            f"folder, together with timm:\n\n"
+            f"```bash\npip install ./timm_resnas  # the folder that holds its pyproject.toml\n```"
+        )
         imports = "import timm, timm_resnas  # registers the architecture; without it timm says 'Unknown model'"
     size = config.pretrained_cfg.get("input_size", [3, 224, 224])
     lines = [
         imports,
         "",
-        f"model = timm.create_model('{where}', pretrained=True).eval()",
+        f"model = timm.create_model({where!r}, pretrained=True).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
         f"logits = model(transform(image).unsqueeze(0))  # a PIL image, resized and cropped to {size[1]}x{size[2]}",
     ]
     if config.data.get("label_names"):
         lines.append("label = model.pretrained_cfg['label_names'][logits.argmax().item()]")
-    parts = ["## Use", f"```bash\n{install}\n```", "```python\n" + "\n".join(lines) + "\n```"]
+    parts.append("```python\n" + "\n".join(lines) + "\n```")
     if ours:
         checked = (
             f"from timm_resnas.hub import load\n\n"
-            f"model = load('{where}', check=True)  # refuses pickles, compares stored logits"
+            f"model = load({where!r}, check=True)  # refuses pickles, compares stored logits"
         )
         parts.append(f"```python\n{checked}\n```")
     if supernet:
         parts.append(
-            "Any sub-network is a model of its own, and a search under another budget needs no training:\n\n"
+            "Any sub-network is an ordinary model, and a search under another budget needs no training:\n\n"
             f"```python\nsmall = model.extract(model.space.smallest)  # an ordinary timm model\n```\n\n"
-            f"```bash\naccelerate launch recipes/search.py --supernet {where} --budget macs=30%\n```"
+            f"```bash\naccelerate launch recipes/search.py --supernet {shlex.quote(where)} --budget macs=30%\n```"
         )
     return parts
 
 
-def _architecture(config: Config) -> list[str]:
-    args = config.model_args
-    if "network_def" in args:
-        arch = NetworkDef.from_network_def(args["network_def"])
-        return ["## Architecture", _stage_table(arch), f"`network_def`:\n\n```\n{arch}\n```"]
-    if (space := _space(config)) is not None:
-        return [
-            "## Search space",
-            "Largest network:",
-            _stage_table(space.largest),
-            "Smallest network:",
-            _stage_table(space.smallest),
-        ]
-    shown = {k: v for k, v in args.items() if k not in ("num_classes", "in_chans")}
-    return ["## Architecture", f"timm's `{config.architecture}`" + (f" with {shown}." if shown else ".")]
+def _image(config: Config) -> dict[str, Any]:
+    """The network's arguments, with the size of its images."""
+    channels, *size = config.pretrained_cfg.get("input_size", [3, 224, 224])
+    return {"img_size": size, "in_chans": channels, **config.model_args}
 
 
-def _stage_table(arch: NetworkDef) -> str:
-    rows = ["| stage | embed_dim | blocks | heads | head_dim | mlp_hidden |", "|---|---|---|---|---|---|"]
-    for i, (dim, blocks) in enumerate(zip(arch.embed_dims, arch.stages, strict=True), start=1):
-        present = [b for b in blocks if b.exists]
-        columns = (" ".join(str(getattr(b, k)) for b in present) for k in ("num_heads", "head_dim", "mlp_hidden"))
-        rows.append(f"| {i} | {dim} | {len(present)} | " + " | ".join(columns) + " |")
+def _architecture(config: Config, model: nn.Module) -> list[str]:
+    if hasattr(model, "space"):
+        space = model.space
+        tables = (_layer_table(arch.layers(**space.model_args)) for arch in (space.largest, space.smallest))
+        return ["## Search space", "Largest network:", next(tables), "Smallest network:", next(tables)]
+    arch = Arch.of(config.architecture, config.model_args)
+    if arch is not None:
+        args = json.dumps(arch.args(), separators=(",", ":"))
+        return ["## Architecture", _layer_table(arch.layers(**_image(config))), f"```json\n{args}\n```"]
+    shown = {k: v for k, v in config.model_args.items() if k not in ("num_classes", "in_chans")}
+    text = f"timm's {_code(config.architecture)}"
+    return ["## Architecture", text + (f" with {_facts(shown)}." if shown else ".")]
+
+
+def _layer_table(layers: Sequence[Any]) -> str:
+    """Layers in the order of the forward; repeated ones, and repeated pairs (a block's halves), stand there once."""
+    counted: list[tuple[int, Any]] = []
+    at = 0
+    while at < len(layers):
+        period = 2 if layers[at : at + 2] == layers[at + 2 : at + 4] else 1
+        unit, count = layers[at : at + period], 1
+        while layers[at + count * period : at + (count + 1) * period] == unit:
+            count += 1
+        counted += [(count, layer) for layer in unit]
+        at += count * period
+    rows = ["| layers | kind | shape | MACs of each | parameters of each |", "|---|---|---|---|---|"]
+    for count, layer in counted[:_MAX_ROWS]:
+        shape = ", ".join(f"{escape_markdown(name)} {value}" for name, value in layer.shape)
+        rows.append(f"| {count} | {escape_markdown(layer.kind)} | {shape} | {layer.macs:,} | {layer.params:,} |")
+    if len(counted) > _MAX_ROWS:
+        rows.append(f"| {sum(count for count, _ in counted[_MAX_ROWS:])} | more | | | |")
     return "\n".join(rows)
 
 
-def _costs(folder: Path, config: Config) -> list[str]:
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
+def _costs(folder: Path, config: Config, model: nn.Module) -> list[str]:
     params = config.info.get("params")
-    if params is None:
-        params = 0
-        for key, (_, shape) in read_header(folder / "model.safetensors", "model.safetensors").items():
-            if not key.endswith(buffers):
-                size = 1
-                for n in shape:
-                    size *= n
-                params += size
+    if not isinstance(params, int):
+        header = read_header(folder / WEIGHTS, WEIGHTS)
+        params = sum(math.prod(shape) for key, (_, shape) in header.items() if not key.endswith(_BUFFERS))
     rows = [f"| parameters | {params:,} |"]
-    macs = config.info.get("macs")
-    if macs is None and "network_def" in config.model_args:
-        names = ("img_size", "patch_size", "in_chans", "num_classes", "distill_token")
-        args = {k: config.model_args[k] for k in names if k in config.model_args}
-        macs = NetworkDef.from_network_def(config.model_args["network_def"]).costs(**args)["macs"]
-    elif macs is None and (space := _space(config)) is not None:
-        macs = space.costs(space.largest)["macs"]
-    if macs is not None:
-        of = ", largest network" if _space(config) is not None else ""
+    macs, of = config.info.get("macs"), ""
+    if hasattr(model, "space"):
+        macs, of = macs or model.space.costs(model.space.largest)["macs"], ", largest network"
+    elif macs is None and (arch := Arch.of(config.architecture, config.model_args)) is not None:
+        macs = arch.costs(**_image(config))["macs"]
+    if isinstance(macs, int):
         rows.append(f"| MACs of one image{of} (convolutions, linear layers, attention products) | {macs:,} |")
-    if config.info.get("memory") is not None:
-        rows.append(f"| peak memory of one image, estimated | {format_cost('memory', config.info['memory'])} |")
-    latency = config.info.get("latency_ms")
+    memory, latency = config.info.get("memory"), config.info.get("latency_ms")
+    if isinstance(memory, int | float):
+        rows.append(f"| peak memory of one image, estimated | {format_cost('memory', memory)} |")
     if isinstance(latency, int | float):
-        device = config.info.get("latency_device")
-        rows.append(f"| latency, {device or 'as the search estimated it'} | {latency:.4g} ms |")
+        device = escape_markdown(config.info.get("latency_device") or "as the search estimated it")
+        rows.append(f"| latency, {device} | {latency:.4g} ms |")
     size = config.pretrained_cfg.get("input_size", [3, 224, 224])
     rows.append(f"| input | {size[0]} x {size[1]} x {size[2]} |")
     return ["## Costs", "\n".join(["| cost | value |", "|---|---|", *rows])]
@@ -240,9 +310,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     rows = ["| data | split | images | metric | value | measured by |", "|---|---|---|---|---|---|"]
     for r in results:
-        value = f"{r['value']:.4f}" if isinstance(r["value"], float) else str(r["value"])
-        images = r.get("images", "")
-        rows.append(f"| {r['dataset']} | {r['split']} | {images} | {r['metric']} | {value} | {r.get('by', _BY)} |")
+        value = f"{r['value']:.4f}" if isinstance(r["value"], float) else r["value"]
+        cells = (r["dataset"], r["split"], r.get("images", ""), r["metric"], value, r.get("by", _BY))
+        rows.append(f"| {' | '.join(map(escape_markdown, cells))} |")
     return ["## Results", "\n".join(rows)]
 
 
@@ -250,31 +320,32 @@ def _evidence(config: Config, files: list[str]) -> list[str]:
     parts = []
     for file in files:
         if file.endswith((".png", ".svg", ".jpg")):
-            title = Path(file).stem.replace("_", " ")
-            parts.append(f"![{title}]({file})")
+            parts.append(f"![{escape_markdown(Path(file).stem.replace('_', ' '))}]({quote(file)})")
     tables = [f for f in files if f.endswith((".jsonl", ".json", ".yaml", ".csv")) and "/" in f]
     if tables:
-        parts.append("Files: " + ", ".join(f"[{f}]({f})" for f in tables))
-    searched = {k: v for k, v in config.info.get("searched", {}).items() if v is not None}
-    if searched:
-        parts.append("Search: " + ", ".join(f"{k} `{v}`" for k, v in searched.items()))
-    return ["## How it was found" if searched else "## Evidence", *parts] if parts else []
+        parts.append("Files: " + ", ".join(f"[{escape_markdown(f)}]({quote(f)})" for f in tables))
+    searched = config.info.get("searched")
+    facts = _facts(searched) if isinstance(searched, Mapping) else ""
+    if facts:
+        parts.append(f"Search: {facts}")
+    return ["## How it was found" if facts else "## Evidence", *parts] if parts else []
 
 
 def _sources(config: Config, license: str | None) -> list[str]:
     cfg, parts = config.pretrained_cfg, []
+    known = get_pretrained_cfg(config.architecture)
     ids = cfg.get("paper_ids") or []
+    title = cfg.get("paper_name") or (known.paper_name if known and known.paper_ids == cfg.get("paper_ids") else None)
     for paper in [ids] if isinstance(ids, str) else ids:
-        number = paper.lower().removeprefix("arxiv:")
-        title = cfg.get("paper_name") or _PAPERS.get(number, "")
-        parts.append(f"- {title + ', ' if title else ''}[arXiv:{number}](https://arxiv.org/abs/{number})")
+        number = re.fullmatch(r"(?:arxiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)", _line(paper), re.I)
+        link = f"[arXiv:{number[1]}](https://arxiv.org/abs/{number[1]})" if number else escape_markdown(paper)
+        parts.append(f"- {escape_markdown(title) + ', ' if title else ''}{link}")
     if parts:
         parts = ["## To cite", "\n".join(parts)]
     if license:
-        parts.append(f"Licence of these weights: {license}.")
+        parts.append(f"Licence of these weights: {escape_markdown(license)}.")
     converted = config.info.get("converted_from")
     if isinstance(converted, Mapping):
-        facts = ", ".join(f"{k} `{v}`" for k, v in converted.items())
-        parts.append(f"Converted from the authors' checkpoint: {facts}.")
-    versions = f"timm_resnas {config.info.get('version', __version__)}"
-    return [*parts, f"Made with {versions}."]
+        parts.append(f"Converted from the authors' checkpoint: {_facts(converted)}.")
+    version = escape_markdown(config.info.get("version", __version__))
+    return [*parts, f"Made with timm_resnas {version}."]

@@ -1,45 +1,45 @@
 """What a model's folder from the net may ask for, checked before anything is built.
 
-A config.json is data: it names a registered architecture and its arguments. It may still ask for a network of any
-size, or be malformed to harm the reader. `read_config` checks its form, `build_on_meta` builds the network without
-memory and stops when it grows too large, `check_weights` compares a safetensors header with that network. Nothing
-here allocates in proportion to a number that the file states.
+A config.json is data: it names a registered architecture and its arguments. It may still ask for a network or an image
+of any size, or be malformed to harm the reader. `read_config` checks its form, `build_on_meta` builds the network
+without memory and stops when it grows too large or takes too long. Nothing here allocates in proportion to a number
+that the file states.
 """
 
 import dataclasses
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import stat
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.models import PretrainedCfg
-from timm.models._registry import model_entrypoint
 from torch import nn
 from torch.utils._pytree import tree_iter
 
-from .bounds import SmallTensors, bounded
+from .bounds import bounded
 from .errors import HubError
 
-__all__ = ["Config", "build_on_meta", "check_finite", "check_golden", "check_weights", "golden_tensors", "read_config"]
+__all__ = ["Config", "build_on_meta", "plain_name", "read_config"]
 
 CONFIG, WEIGHTS, GOLDEN, CARD = "config.json", "model.safetensors", "test_tensors.safetensors", "README.md"
 PICKLES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 MAX_PARAMS = 8_000_000_000  # the largest models of timm have 7
-_MAX_CONFIG_BYTES = 4 << 20  # the largest legitimate ones list 21,000 class names
-_MAX_HEADER_BYTES = 8 << 20
+MAX_CONFIG_BYTES = 4 << 20  # the largest legitimate ones list 21,000 class names
 _MAX_NESTING = 16
 _MAX_VALUES = 200_000
 _MAX_TEXT = 65536
 _MAX_ARG = 1 << 16  # any number among a model's arguments
 _MAX_INPUT = 4096  # pixels
+_MAX_IMAGE = 1 << 26  # numbers of an image, over all channels
+_MAX_RESIZED = 8192  # pixels of a side before it is cropped
+_MAX_CHANNELS = 512
+_INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")
+_CROP_MODES = ("border", "center", "squash")
 _MAX_TABLES = 128 << 20  # bytes of tables that are in no file, beside as many as the weights have
 
 # arguments of timm's builder rather than of a model
@@ -95,7 +95,7 @@ def read_config(path: str | os.PathLike, where: str | None = None) -> Config:
     cfg = data.get("pretrained_cfg", {k: v for k, v in data.items() if k not in ("architecture", "num_features")})
     if not isinstance(cfg, dict):
         raise HubError(f"{where}: pretrained_cfg must be an object, got {type(cfg).__name__}")
-    _check_cfg(cfg, f"{where}: pretrained_cfg", strict="pretrained_cfg" in data)
+    _check_cfg(cfg, f"{where}: pretrained_cfg", "pretrained_cfg" in data, model_args.get("in_chans"))
     if "num_classes" in data:
         _integer(data["num_classes"], f"{where}: num_classes", 0)
     _check_labels(data, where)
@@ -107,9 +107,12 @@ def read_config(path: str | os.PathLike, where: str | None = None) -> Config:
 
 def _read_json(path: Path, where: str) -> Any:
     try:
-        size = path.stat().st_size
-        if size > _MAX_CONFIG_BYTES:
-            raise HubError(f"{where} has {size:,} bytes; a config.json has at most {_MAX_CONFIG_BYTES:,}")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise HubError(f"{where} is not a regular file")
+        size = found.st_size
+        if size > MAX_CONFIG_BYTES:
+            raise HubError(f"{where} has {size:,} bytes; a config.json has at most {MAX_CONFIG_BYTES:,}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise HubError(f"{where} does not exist; expected a model's folder with config.json") from None
@@ -168,7 +171,7 @@ def _check_args(args: dict[str, Any], where: str) -> None:
                 _integer(side, f"{where}: img_size", 1, _MAX_INPUT)
 
 
-def _check_cfg(cfg: dict[str, Any], where: str, strict: bool) -> None:
+def _check_cfg(cfg: dict[str, Any], where: str, strict: bool, in_chans: Any) -> None:
     known = {f.name for f in dataclasses.fields(PretrainedCfg)}
     unknown = sorted(set(cfg) - known)
     if unknown and strict:
@@ -176,6 +179,11 @@ def _check_cfg(cfg: dict[str, Any], where: str, strict: bool) -> None:
     for name in ("state_dict", "hf_hub_filename", "custom_load"):
         if cfg.get(name):
             raise HubError(f"{where}: {name} is not for a config.json to set; weights are in model.safetensors")
+    channels = in_chans or (cfg.get("input_size") or [3])[0]
+    crops = [cfg[name] for name in ("crop_pct", "test_crop_pct") if cfg.get(name) is not None]
+    for name in ("crop_pct", "test_crop_pct"):
+        if cfg.get(name) is not None and not (_is_number(cfg[name]) and 0.05 <= cfg[name] <= 4):
+            raise HubError(f"{where}: {name} must be a number from 0.05 to 4, got {_short(cfg[name])}")
     for name in ("input_size", "test_input_size", "min_input_size"):
         size = cfg.get(name)
         if size is None:
@@ -184,21 +192,31 @@ def _check_cfg(cfg: dict[str, Any], where: str, strict: bool) -> None:
             raise HubError(f"{where}: {name} must be [channels, height, width], got {_short(size)}")
         for value in size:
             _integer(value, f"{where}: {name}", 1, _MAX_INPUT)
+        if size[0] > _MAX_CHANNELS or math.prod(size) > _MAX_IMAGE:
+            raise HubError(f"{where}: {name} {size} is too large; at most {_MAX_IMAGE:,} numbers are read")
+        if crops and max(size[1:]) / min(crops) > _MAX_RESIZED:
+            side = max(size[1:]) / min(crops)
+            raise HubError(
+                f"{where}: {name} {size} with crop_pct {min(crops)} would resize images to {side:,.0f} pixels; at most "
+                f"{_MAX_RESIZED:,}"
+            )
     for name in ("mean", "std"):
         values = cfg.get(name)
         if values is None:
             continue
         if not isinstance(values, list) or not all(_is_number(v) and abs(v) < 1e4 for v in values):
             raise HubError(f"{where}: {name} must be a list of numbers, got {_short(values)}")
-        if name == "std" and not all(v > 0 for v in values):
-            raise HubError(f"{where}: std must be above 0, got {_short(values)}")
-    for name in ("crop_pct", "test_crop_pct"):
-        if cfg.get(name) is not None and not (_is_number(cfg[name]) and 0 < cfg[name] <= 4):
-            raise HubError(f"{where}: {name} must be a number from 0 to 4, got {_short(cfg[name])}")
+        if isinstance(channels, int) and len(values) not in (1, channels):
+            raise HubError(f"{where}: {name} has {len(values)} numbers, expected one for each of {channels} channels")
+        if name == "std" and not all(v >= 1e-4 for v in values):
+            raise HubError(f"{where}: std must be at least 0.0001, got {_short(values)}")
+    for name, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
+        if cfg.get(name) is not None and cfg[name] not in known:
+            raise HubError(f"{where}: {name} must be one of {', '.join(known)}, got {_short(cfg[name])}")
     for name in ("num_classes", "label_offset"):
         if cfg.get(name) is not None:
             _integer(cfg[name], f"{where}: {name}", 0)
-    for name in ("interpolation", "crop_mode", "tag", "architecture"):
+    for name in ("tag", "architecture", "license", "description", "origin_url", "paper_name"):
         if cfg.get(name) is not None and not isinstance(cfg[name], str):
             raise HubError(f"{where}: {name} must be a text, got {_short(cfg[name])}")
     for name in ("first_conv", "classifier"):
@@ -269,169 +287,6 @@ def build_on_meta(config: Config, max_params: int = MAX_PARAMS) -> nn.Module:
 
 
 # -- weights ------------------------------------------------------------------------------------------------------
-
-
-def check_weights(path: str | os.PathLike, config: Config, model: nn.Module, where: str | None = None) -> None:
-    """Compare the header of a safetensors file with a network on meta; no tensor is read.
-
-    Raises:
-        HubError: The file is no safetensors file, or its tensors are not those of the network.
-    """
-    path, where = Path(path), where or str(path)
-    found = read_header(path, where)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    if {k: s for k, (_, s) in found.items()} != expected:
-        found = _filtered(found, config, model, where)
-    shapes = {k: s for k, (_, s) in found.items()}
-    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    if missing or unknown:
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"has {_some(unknown)} that the network lacks"] if unknown else []
-        raise HubError(f"{where} does not hold the weights of {config.architecture}: it " + " and ".join(parts))
-    for name, shape in shapes.items():
-        if shape != expected[name]:
-            raise HubError(f"{where}: {name} has shape {list(shape)}, the network needs {list(expected[name])}")
-
-
-def read_header(path: Path, where: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a safetensors file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            first = f.read(8)
-            start = f.read(1)
-    except FileNotFoundError:
-        raise HubError(f"{where} does not exist") from None
-    except OSError as e:
-        raise HubError(f"{where} cannot be read: {e.strerror}") from None
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or start != b"{" or 8 + length > size:
-        pickled = first[:2] == b"PK" or first[:1] == b"\x80"
-        kind = "it is a pickle, which can run code" if pickled else "its header is damaged or cut off"
-        raise HubError(f"{where} is not a safetensors file: {kind}")
-    if length > _MAX_HEADER_BYTES:
-        raise HubError(f"{where} has a header of {length:,} bytes; at most {_MAX_HEADER_BYTES:,} are read")
-    try:
-        with safe_open(path, "pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError, OverflowError) as e:
-        raise HubError(f"{where} is not a safetensors file: {str(e):.200}") from None
-
-
-def _filtered(found: dict[str, tuple[str, tuple[int, ...]]], config: Config, model: nn.Module, where: str) -> dict:
-    """The header after timm's checkpoint_filter_fn of the architecture, for layouts that it converts."""
-    if sum(math.prod(shape) for _, shape in found.values()) > 2 * sum(t.numel() for t in model.state_dict().values()):
-        return found  # not this network in another layout
-    tensors = {k: torch.empty(shape, device="meta") for k, (_, shape) in found.items()}
-    try:
-        with SmallTensors(where):
-            filtered = filter_fn_of(config.architecture)(tensors, model)
-    except HubError:
-        raise
-    except ValueError as e:
-        raise HubError(f"{where}: {str(e):.300}") from None
-    except Exception:
-        return found
-    return {k: ("", tuple(v.shape)) for k, v in filtered.items() if isinstance(v, torch.Tensor)}
-
-
-def filter_fn_of(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
-    """The function of an architecture's file that converts other layouts of its weights; idle where there is none."""
-    module = sys.modules[model_entrypoint(architecture).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
-
-
-def check_finite(model: nn.Module, where: str) -> None:
-    """Refuse weights that are not finite.
-
-    Raises:
-        HubError: Naming the first of them.
-    """
-    bad = [k for k, v in model.state_dict().items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise HubError(f"{where} holds numbers that are not finite (NaN or infinite) in {_some(bad)}")
-
-
-def _some(names: list[str] | Mapping[str, Any]) -> str:
-    names = [n if n.isprintable() else repr(n) for n in names]  # they may be a stranger's
-    names = [n if len(n) <= 60 else n[:57] + "..." for n in names]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# -- the stored logits -----------------------------------------------------------------------------------------------
-
-
-def golden_tensors(model: nn.Module, input_size: Sequence[int], images: int = 2) -> dict[str, torch.Tensor]:
-    """An input and the logits of a model for it, in evaluation mode.
-
-    Args:
-        model: The model.
-        input_size: Channels, height and width of its images.
-        images: How many.
-
-    Returns:
-        ``input`` ``[images, C, H, W]`` (float16, to be small: its values are exact in float32), ``logits``; of a
-        supernet also ``logits_smallest``, those of its smallest sub-network.
-    """
-    x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(0)).to(torch.float16).float()
-    return {"input": x.to(torch.float16), **outputs_of(model, x)}
-
-
-def outputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    param = next(model.parameters())
-    x = x.to(param.device, param.dtype)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            if not hasattr(model, "space"):  # of a supernet
-                outputs = {"logits": model(x)}
-            else:
-                active = model.active
-                outputs = {}
-                for name, arch in (("logits", None), ("logits_smallest", model.space.smallest)):
-                    model.set_arch(arch)
-                    outputs[name] = model(x)
-                model.set_arch(active)
-    finally:
-        model.train(training)
-    return {k: v.float().cpu().contiguous().clone() for k, v in outputs.items()}
-
-
-def check_golden(model: nn.Module, path: str | os.PathLike, where: str | None = None) -> float:
-    """Compare a model's outputs with the stored ones.
-
-    Returns:
-        The largest difference of a logit; 0.0 on the machine that stored them, rounding elsewhere.
-
-    Raises:
-        HubError: The file does not belong to the model, or its outputs are others.
-    """
-    where = where or str(path)
-    shapes = {k: s for k, (_, s) in read_header(Path(path), where).items()}
-    size = tuple(timm.data.resolve_model_data_config(model)["input_size"])
-    images = (shapes.get("input") or (0,))[0]
-    if not 1 <= images <= 16 or shapes["input"] != (images, *size) or "logits" not in shapes:
-        raise HubError(f"{where} must hold input, 1 to 16 images of {list(size)}, and logits; it has {shapes!r:.200}")
-    stored = load_file(path)
-    outputs = outputs_of(model, stored["input"].float())
-    worst = 0.0
-    for name, expected in stored.items():
-        if name == "input":
-            continue
-        got = outputs.get(name)
-        if got is None or got.shape != expected.shape:
-            raise HubError(f"{where}: {name} {list(expected.shape)} is no output of this model")
-        difference = (got - expected).abs().max().item()
-        # timm's tolerance between machines
-        if not torch.allclose(got, expected.float(), rtol=1e-3, atol=1e-4):
-            raise HubError(
-                f"{where}: {name} of the loaded model differ from the stored ones by {difference:.3g}; the weights "
-                f"or the code that computes the model have changed"
-            )
-        worst = max(worst, difference)
-    return worst
 
 
 def plain_name(name: str) -> str:

@@ -2,28 +2,29 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hf
 import timm
+from huggingface_hub.utils import tqdm
 from torch import nn
 
 from ..version import __version__
 from .checks import (
     CONFIG,
     GOLDEN,
+    MAX_CONFIG_BYTES,
     MAX_PARAMS,
     PICKLES,
     WEIGHTS,
     build_on_meta,
-    check_finite,
-    check_golden,
-    check_weights,
     plain_name,
     read_config,
 )
-from .errors import HubError, check_repo_id, hub_errors, is_unreachable, retry
+from .errors import HubError, check_repo_id, hub_errors, is_unreachable, retry, why_not
+from .weights import check_golden, check_tensors, check_weights
 
 __all__ = ["fetch", "load", "read_file"]
 
@@ -45,14 +46,15 @@ def load(
     """Load a model from the Hub or a folder, checked before it is built.
 
     As ``timm.create_model(name, pretrained=True)``, with these differences: only safetensors are read; the
-    configuration must describe a network of sane size and the weights must be that network's; every number in them
-    must be finite; all that comes from one commit.
+    configuration must describe a network and images of sane size; the weights must be that network's, of its types and
+    shapes, finite, with the digest that config.json states (where it does); all that comes from one commit.
 
     Args:
-        name_or_folder: ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision``, ``local-dir:<folder>`` or a folder.
+        name_or_folder: ``hf-hub:owner/name`` or ``hf-hub:owner/name@revision`` (timm's ``hf_hub:`` is the same),
+            ``local-dir:<folder>`` or a folder.
         revision: Branch, tag or commit on the Hub.
         check: Compute the stored input's logits and compare.
-        allow_pickle: Read pickled weights, too, where there are no safetensors (torch's ``weights_only``).
+        allow_pickle: Also read pickled weights where there are no safetensors (torch's ``weights_only``).
         max_params: Larger networks are refused.
         token: The Hub's access token; the one that was logged in with, if None.
         cache_dir: Where downloads are kept; the Hub's cache, if None.
@@ -60,7 +62,7 @@ def load(
         **kwargs: Model arguments that override the saved ones (``num_classes``, ``img_size``, ``drop_path_rate``, …).
 
     Raises:
-        HubError: It cannot be had, is no model, or asks for too much; in one sentence.
+        HubError: It cannot be had, is not a model, or asks for too much; in one sentence.
     """
     if check and (changed := sorted(kwargs.keys() - {"device"})):
         raise HubError(f"check compares a model as it was saved; leave out {', '.join(changed)}")
@@ -72,7 +74,7 @@ def load(
     except Exception as e:  # a damaged pickle raises anything
         why = " ".join(str(e).split()) or type(e).__name__
         raise HubError(f"{source} cannot be loaded: {why:.300}") from e
-    check_finite(model, f"{source}: {path.name}")
+    check_tensors(model.state_dict(), f"{source}: {path.name}")
     if golden is not None:
         check_golden(model, golden, f"{source}: {GOLDEN}")
     return model
@@ -85,7 +87,7 @@ def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pick
 
     Args:
         name_or_folder: See `load`.
-        weights: Get the weights, too.
+        weights: Also get the weights.
         allow_pickle: See `load`.
 
     Raises:
@@ -94,14 +96,14 @@ def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pick
     source = _source(name_or_folder, None, None, None, None)
     if weights:
         return _fetch(source, allow_pickle, MAX_PARAMS).parent
-    path = source.file(CONFIG)
+    path = source.file(CONFIG, limit=MAX_CONFIG_BYTES)
     build_on_meta(read_config(path, f"{source}: {CONFIG}"), MAX_PARAMS)
     return path.parent
 
 
 def _fetch(source: "_Local | _Remote", allow_pickle: bool, max_params: int) -> Path:
     """The file of a model's weights, beside its config.json; both checked."""
-    config = read_config(source.file(CONFIG), f"{source}: {CONFIG}")
+    config = read_config(source.file(CONFIG, limit=MAX_CONFIG_BYTES), f"{source}: {CONFIG}")
     model = build_on_meta(config, max_params)
     if source.has(WEIGHTS):
         path = source.file(WEIGHTS, limit=_size_limit(model))
@@ -132,7 +134,7 @@ def read_file(
     Args: as `load`.
 
     Raises:
-        HubError: The model's folder or repository cannot be had, or the file is no text.
+        HubError: The model's folder or repository cannot be had, or the file is not text.
     """
     source = _source(name_or_folder, revision, token, cache_dir, endpoint)
     if not source.has(plain_name(filename)):
@@ -164,6 +166,7 @@ def _parse_name(name: str | os.PathLike, revision: str | None) -> tuple[str, str
     if ":" not in name and Path(name).is_dir():
         name = f"local-dir:{name}"
     kind, _, where = name.partition(":")
+    kind = kind.lower().replace("hf_hub", "hf-hub")  # timm takes both
     if kind not in ("hf-hub", "local-dir") or not where:
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
             raise HubError(f"there is no folder {name!r}; a repository is written 'hf-hub:{name}'")
@@ -221,6 +224,7 @@ class _Remote:
         self.repo_id, self.revision, self._asked = repo_id, revision, revision
         self._args = dict(token=token, cache_dir=cache_dir, endpoint=endpoint)
         self.sizes: dict[str, int | None] | None = None  # unknown without the Hub
+        self.because: str | None = None  # why it is not asked
         api = hf.HfApi(endpoint=endpoint, token=token)
         with hub_errors(repo_id, "read", revision=revision):
             try:
@@ -228,10 +232,13 @@ class _Remote:
             except Exception as e:
                 if not is_unreachable(e):
                     raise
-                _logger.warning(f"the Hub cannot be reached ({type(e).__name__}); looking for {self} in the cache")
+                self.because = why_not(e)
+                _logger.warning(f"the Hub {self.because}; looking for {self} in the cache")
             else:
                 self.revision = info.sha  # what follows is read from this commit, whatever is pushed meanwhile
                 self.sizes = {f.rfilename: f.size for f in info.siblings or ()}
+                if not isinstance(self.revision, str):
+                    raise TypeError("no commit")
 
     def __str__(self) -> str:
         return f"hf-hub:{self.repo_id}" + (f"@{self.revision}" if self.revision else "")
@@ -251,15 +258,17 @@ class _Remote:
             if name not in self.sizes:
                 raise HubError(f"{self} holds no {name}")
             _check_size(self, name, self.sizes[name], limit)
-        with hub_errors(self.repo_id, "read", name):
-            path = self._download(name, self._asked if name == CONFIG else self.revision)
+        with hub_errors(self.repo_id, "read", name, because=self.because):
+            path = self._download(name, self._asked if name == CONFIG else self.revision, limit)
             if self.sizes is not None and path.parent.name != self.revision:  # a push came in between
-                path = self._download(name, self.revision)
+                path = self._download(name, self.revision, limit)
         _check_size(self, name, path.stat().st_size, limit)
         return path
 
-    def _download(self, name: str, revision: str | None) -> Path:
+    def _download(self, name: str, revision: str | None, limit: int | None) -> Path:
         """Through the cache, which learns what a branch points to only where it is asked by the branch's name."""
+        expected = (self.sizes or {}).get(name)
+        most = limit if expected is None else expected
 
         def download() -> str:
             return hf.hf_hub_download(
@@ -269,7 +278,32 @@ class _Remote:
                 local_files_only=self.sizes is None,
                 library_name="timm_resnas",
                 library_version=__version__,
+                tqdm_class=_meter(f"{self}: {name}", most),
                 **self._args,
             )
 
         return Path(retry(download))
+
+
+_SLOWEST = 10_000  # bytes a second, over a whole download
+_PATIENCE = 120.0  # seconds beyond that
+
+
+def _meter(what: str, most: int | None) -> type[tqdm]:
+    """A progress bar that ends a download which brings more than ``most`` bytes, or takes too long."""
+
+    class Meter(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._begin, self._bytes = time.monotonic(), 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._bytes += int(n or 0)
+            if most is not None and self._bytes > most:
+                raise HubError(f"{what} brings more than the {most:,} bytes that are expected; the download was ended")
+            seconds = time.monotonic() - self._begin
+            if seconds > _PATIENCE + self._bytes / _SLOWEST:
+                raise HubError(f"{what} has brought {self._bytes:,} bytes in {seconds:.0f} s; the download was ended")
+            return super().update(n)
+
+    return Meter

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from torch import nn
 
 from ..version import __version__
 from .card import make_card
-from .checks import CARD, CONFIG, GOLDEN, PICKLES, WEIGHTS, build_on_meta, check_weights, read_config
+from .checks import CARD, CONFIG, GOLDEN, PICKLES, WEIGHTS, build_on_meta, read_config
 from .errors import NO_TOKEN, TRIES, HubError, check_repo_id, hub_errors, retry, status_of
 from .save import save_pretrained
+from .weights import check_weights
 
 __all__ = ["EVIDENCE", "PushResult", "push", "strip_paths"]
 
@@ -120,7 +122,7 @@ def push(
             say(f"sending {planned}")
 
             def commit() -> hf.CommitInfo:
-                # made anew each time: the client marks what it has sent
+                # made for each try: the client marks what it has sent
                 operations = [hf.CommitOperationAdd(name, source) for name, source in sources.items()]
                 if stale:  # an earlier try may have deleted them, though its answer got lost
                     there = {f.rfilename for f in api.model_info(repo_id, revision=revision).siblings or ()}
@@ -172,13 +174,17 @@ def _contents(
     endpoint: str | None,
 ) -> tuple[dict[str, bytes | Path], str]:
     """What the repository will hold, by name, and the card; the folder is checked as a reader would."""
+    for name in (CONFIG, WEIGHTS):
+        if (folder / name).exists():
+            _check_regular(folder / name)
     config = read_config(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise HubError(f"{folder} holds no {WEIGHTS}; expected a folder of save_pretrained")
     check_weights(folder / WEIGHTS, config, build_on_meta(config))
     sources: dict[str, bytes | Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _PUBLISHED and not path.name.startswith("."):
+        if path.suffix in _PUBLISHED and not path.name.startswith("."):
+            _check_regular(path)
             sources[path.name] = path
     for name, path in (files or {}).items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in (CONFIG, WEIGHTS, CARD):
@@ -190,15 +196,22 @@ def _contents(
     if results:
         block["results"] = [dict(r) for r in results]
     license = license or block.get("license")
+    data = {**config.data, "timm_resnas": block}
     if license:
         block["license"] = license
-    data = {**config.data, "timm_resnas": block}
+        if "pretrained_cfg" in data:
+            data["pretrained_cfg"] = {**data["pretrained_cfg"], "license": license}
     try:
         sources[CONFIG] = (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as e:
         raise HubError(f"info and results must be JSON-plain: {e}") from None
     if CARD in sources:  # the author's own
-        return sources, sources[CARD].read_text(encoding="utf-8")
+        try:
+            return sources, sources[CARD].read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise HubError(
+                f"{sources[CARD]} is not UTF-8 text; save it as UTF-8, or remove it and one is made"
+            ) from None
     config = replace(config, info=block, data=data)
     others = [n for n in sources if n not in (CONFIG, WEIGHTS, GOLDEN, CARD)]
     card = make_card(
@@ -217,6 +230,13 @@ def _contents(
     return sources, str(card)
 
 
+def _check_regular(path: Path) -> None:
+    """A folder's file is published only where it lies in the folder: a link could name any file of this machine."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        kind = "a link" if path.is_symlink() else "not a regular file"
+        raise HubError(f"{path} is {kind}; only files that lie in the folder itself are published: copy it there")
+
+
 def strip_paths(value: Any) -> Any:
     """JSON-plain data without this machine's paths: of an absolute one, only its last part stays."""
     if isinstance(value, Mapping):
@@ -224,7 +244,7 @@ def strip_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [strip_paths(v) for v in value]
     if isinstance(value, str):
-        for mark in re.finditer(r"^|[:=]", value):  # 'imagefolder:/home/…' and '--output=/home/…', too
+        for mark in re.finditer(r"^|[:=]", value):  # 'imagefolder:/home/…' and '--output=/home/…' as well
             rest = value[mark.end() :]
             address = re.match(r"//[^/]", rest)  # of 'https://…'
             if not address and os.path.isabs(rest) or rest.startswith("~"):
