@@ -5,8 +5,8 @@ layer begins (`layer_starts`). So caches and memory are in the state that a real
 that is repeated on its own would never see.
 
 Other programs only ever make a network slower, on a rented machine those of its other tenants as well, for seconds or
-minutes at a time. So networks take turns in rounds (`run_rounds`), and the fastest repeat of all rounds counts: what the
-device can do. Median and interquartile range of the rounds' fastest repeats say what it did meanwhile.
+minutes at a time. So networks take turns in rounds (`run_rounds`), and the fastest repeat of all rounds counts: what
+the device can do. Median and interquartile range of the rounds' fastest repeats say what it did meanwhile.
 
 >>> net = timm.create_model("vit_tiny_patch16_224")
 >>> measure(net, Conditions.here(batch_size=1, num_threads=1))
@@ -227,7 +227,7 @@ def _stamps(
     if [i for i, _ in marks] != order * forwards:
         raise LatencyError(
             f"the layers of a {type(net).__name__} do not begin one after the other, once each: its forward entered "
-            f"parts {[i for i, _ in marks][: 2 * count]} of 0 to {count - 1} ({count} is the end); correct layer_starts()"
+            f"parts {[i for i, _ in marks][: 2 * count]} of 0 to {count - 1} ({count}: end); correct layer_starts()"
         )
     rows = [[t for _, t in marks[i : i + count + 1]] for i in range(0, len(marks), count + 1)][-number:]
     if conditions.device == "cuda":
