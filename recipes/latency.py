@@ -34,23 +34,17 @@ import matplotlib
 import numpy as np
 import torch
 from common import HelpFormatter, Progress, RunError, format_minutes, main_guard, parse
-from supernet import open_space
 
 from timm_resnas import Arch
-from timm_resnas.hub import load
 from timm_resnas.nas.cost import format_cost
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl
 from timm_resnas.nas.latency import (
-    PRECISIONS,
     LatencyTable,
-    Meter,
-    Setting,
     fit_line,
-    run_rounds,
     spread_networks,
-    summary,
 )
 from timm_resnas.nas.space import SearchSpace
+from timm_resnas.nas.timing import PRECISIONS, Conditions, LatencyTimer, run_rounds, summary
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -63,12 +57,15 @@ Jobs = dict[str, tuple[Arch, bool]]
 def get_space(args: argparse.Namespace) -> SearchSpace:
     """The space whose networks are measured, with the model arguments that they are deployed with."""
     if args.supernet is not None:
+        from timm_resnas.hub import load
+
         net = load(args.supernet)
         if not hasattr(net, "space"):
             raise RunError(f"--supernet {args.supernet} is a {type(net).__name__}; expected a supernet")
         space = net.space
     else:
-        space = open_space(args.space)
+        named = args.space if not args.space.endswith(".json") else json.loads(Path(args.space).read_text())
+        space = SearchSpace.create(named)
     names = ("img_size", "in_chans", "num_classes")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "img_size" in given:
@@ -76,7 +73,7 @@ def get_space(args: argparse.Namespace) -> SearchSpace:
         if len(size) > 2:
             raise RunError(f"--img-size takes one side, or height and width; got {size}")
         given["img_size"] = size[0] if len(size) == 1 else size
-    return space.with_model_args(**given) if given else space
+    return space.at(**given) if given else space
 
 
 class Records:
@@ -94,7 +91,7 @@ class Records:
             append_jsonl(path, [setup])
         self.list = found[1:]
 
-    def measure(self, meter: Meter, jobs: Jobs, rounds: int, what: str) -> None:
+    def measure(self, timer: LatencyTimer, jobs: Jobs, rounds: int, what: str) -> None:
         """All jobs in interleaved rounds; each measurement is written at once."""
         total, begin, fresh = rounds * len(jobs), time.monotonic(), 0
         names = set(jobs)
@@ -102,7 +99,7 @@ class Records:
         print(f"{what}: {len(jobs)} networks in {rounds} rounds" + (f", {there} of {total} measured" * (there > 0)))
         last = begin
         with Progress(total, what) as update:
-            for record in run_rounds(meter, jobs, rounds, self.list):
+            for record in run_rounds(timer, jobs, rounds, self.list):
                 append_jsonl(self.path, [record])
                 self.list.append(record)
                 fresh += 1
@@ -142,21 +139,21 @@ def verify(table: LatencyTable, space: SearchSpace, jobs: Jobs, again: Jobs, rec
     macs = np.array([space.costs(a)["macs"] for a in archs])
     # the yardsticks are fitted on the same networks as the table's own line
     known = table.notes["calibration"]
-    known_macs = [space.costs(Arch.from_network_def(n["network_def"]))["macs"] for n in known]
+    known_macs = [space.costs(Arch.from_record(n))["macs"] for n in known]
     known_ms = [n["ms"] for n in known]
-    guesses = {"table": np.array([table.predict(a) for a in archs])}
+    guesses = {"table": np.array([table.predict(a, **space.model_args) for a in archs])}
     for name, through_zero in (("proportional to MACs", True), ("linear in MACs", False)):
         start, slope = fit_line(known_macs, known_ms, through_zero)
         guesses[name] = start + slope * macs
-    waited = float(np.mean([r["waited"] for r in records.list if r["job"] in jobs]))
+    waited = float(np.mean([r["contention"] for r in records.list if r["job"] in jobs]))
     drift = float(np.median([m["ms"] / n["ms"] for m, n in zip(records.totals(again), known, strict=True)]))
     guesses["table, drift taken out"] = guesses["table"] * drift
     return {
         "drift": drift,
-        "waited": round(waited, 4),
+        "contention": round(waited, 4),
         "results": {name: compare(guess, ms) for name, guess in guesses.items()},
         "networks": [
-            {"network_def": json.loads(a.to_json()), "macs": int(c), "predicted_ms": float(p), **m}
+            {**a.record(), "macs": int(c), "predicted_ms": float(p), **m}
             for a, c, p, m in zip(archs, macs, guesses["table"], measured, strict=True)
         ],
     }
@@ -165,15 +162,19 @@ def verify(table: LatencyTable, space: SearchSpace, jobs: Jobs, again: Jobs, rec
 def report(table: LatencyTable, space: SearchSpace) -> str:
     found = table.notes["verification"]
     whole = [n["iqr"] / n["ms"] for n in found["networks"]]
-    parts = [p["iqr"] / p["ms"] for p in table.pieces.values()]
+    parts = [p["iqr"] / p["ms"] for p in table.layers.values()]
     least, most, overhead = (
         format_cost("latency_ms", v)
-        for v in (table.predict(space.smallest), table.predict(space.largest), table.overhead_ms)
+        for v in (
+            table.predict(space.smallest, **space.model_args),
+            table.predict(space.largest, **space.model_args),
+            table.overhead_ms,
+        )
     )
     lines = [
-        f"{len(table.pieces)} pieces; a network takes {overhead} + {table.scale:.4f} x the sum of its pieces",
+        f"{len(table.layers)} layers; a network takes {overhead} + {table.scale:.4f} x the sum of its layers",
         f"smallest network {least}, largest {most}",
-        f"spread over rounds (interquartile range, median): {np.median(parts):.1%} of a piece, {np.median(whole):.1%} "
+        f"spread over rounds (interquartile range, median): {np.median(parts):.1%} of a layer, {np.median(whole):.1%} "
         f"of a network; networks took {found['drift']:.3f}x as long as when the table was measured",
         "",
         f"predicted against measured, {len(found['networks'])} networks spread over the range of MACs:",
@@ -182,7 +183,7 @@ def report(table: LatencyTable, space: SearchSpace) -> str:
     ]
     for name, r in found["results"].items():
         lines.append(f"| {name} | {r['median_error']:.1%} | {r['max_error']:.1%} | {r['rank_correlation']:.4f} |")
-    if (waited := max(found["waited"], table.notes["waited"])) > BUSY:
+    if (waited := max(found["contention"], table.notes["contention"])) > BUSY:
         lines += ["", f"note: other programs took {waited:.0%} of the time; measure again when the machine is idle"]
     return "\n".join(lines)
 
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             if getattr(args, name) < least:
                 raise RunError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         space = get_space(args)
-        setting = Setting.here(
+        setting = Conditions.here(
             device=args.device,
             num_threads=args.threads or torch.get_num_threads(),
             batch_size=args.batch_size,
@@ -248,22 +249,22 @@ def main(argv: list[str] | None = None) -> None:
         if not any(name.startswith("calibration") for name in jobs):
             raise RunError("the space has no two networks of different MACs; there is nothing to choose by latency")
         setup = {
-            "setting": vars(setting),
+            "conditions": vars(setting),
             "space": space.to_dict(),
             **{k: getattr(args, k) for k in ("rounds", "min_run_time", "calibration", "seed")},
         }
         records = Records(output.with_suffix(".records.jsonl"), setup)
         begin = time.monotonic()
         print(f"{setting}, torch {setting.torch}; {space.size():.3g} networks")
-        meter = Meter(space, setting, args.min_run_time)
-        records.measure(meter, jobs, args.rounds, "table")
+        timer = LatencyTimer(space, setting, args.min_run_time)
+        records.measure(timer, jobs, args.rounds, "table")
         table = LatencyTable.from_records(space, setting, jobs, records.list)
         if args.verify:
             seen = [arch for arch, _ in jobs.values()]
             new = spread_networks(space, args.verify, args.seed + 1, avoid=seen)
             verified = {f"verification {i} of {args.verify}": (arch, False) for i, arch in enumerate(new)}
             again = {f"{k}, again": job for k, job in jobs.items() if k.startswith("calibration")}
-            records.measure(meter, verified | again, args.rounds, "verification")
+            records.measure(timer, verified | again, args.rounds, "verification")
             table.notes["verification"] = verify(table, space, verified, again, records)
         table.save(output)
         print(f"\n{table}; measured in {format_minutes(time.monotonic() - begin)}")
