@@ -79,6 +79,13 @@ class Family:
 FAMILIES = {
     "vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
     "supernet": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
+    "reformer": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        # one round of hashing: torch's fused attention has no sums to combine more
+        small=dict(img_size=64, patch_size=4, embed_dim=48, depth=3, num_heads=3, bucket_size=16, num_hashes=1),
+    ),
     "sepvit": Family(
         "NCHW",
         size=128,
