@@ -4,7 +4,7 @@ Paper: `Reformer: The Efficient Transformer` - https://arxiv.org/abs/2001.04451 
 Origin: https://github.com/lucidrains/reformer-pytorch (a widely used version of the paper's attention; no images)
 
 Attention has one projection for queries and keys. Tokens are sorted by the bucket that a random rotation puts their
-query into, cut into chunks, and attend inside their chunk and to the one before (locality-sensitive hashing, LSH);
+query into, cut into chunks, and attend to their chunk and the one before (locality-sensitive hashing, LSH);
 several rounds of that are combined as one softmax. A layer is y1 = x1 + attention(x2), y2 = x2 + feed_forward(y1), so
 that training recomputes a layer's inputs from its outputs: memory for activations does not grow with depth, but for
 the buckets (a byte per token, head and round).
@@ -73,8 +73,10 @@ def fixed_rotations(head_dim: int, num_hashes: int, num_buckets: int, seed: int,
 
 
 def hash_buckets(qk: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Return the buckets `[B, heads, rounds, N]` of vectors `[B, heads, N, d]`: the nearest of the directions and their
-    opposites."""
+    """Return the buckets `[B, heads, rounds, N]` of vectors `[B, heads, N, d]`.
+
+    A bucket is the direction nearest to a vector, of those in `rotations` `[d, rounds, n]` and the n opposite ones.
+    """
     rotated = torch.einsum("bhnd,drk->bhrnk", qk.detach(), rotations)
     buckets = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
     return buckets.to(torch.uint8 if rotations.shape[2] <= 128 else torch.int32)  # small: kept for the backward pass
