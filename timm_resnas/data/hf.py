@@ -210,16 +210,15 @@ def _tried(where: str, action: Callable[[], Any]) -> Any:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # the readers raise nearly anything on damaged files
-        cause, lines = error, 1
-        if isinstance(error, datasets.exceptions.DatasetGenerationCastError):
-            lines = 3  # which columns differ, and in which file
-        else:
-            while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
-                cause = cause.__cause__  # "An error occurred while generating the dataset"
+        cause = error
+        while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
+            cause = cause.__cause__  # "An error occurred while generating the dataset"
+        if isinstance(cause, datasets.table.CastError):
+            columns = " ".join(cause.details().split())
+            raise DataError(f"the files of {where!r} must have the same columns, but {columns}") from error
         text = str(cause) if not isinstance(cause, KeyError) else f"{cause} is missing"
-        if "Config name is missing" in text:
-            lines = 2  # the second has the names
-        text = " ".join([line.strip() for line in text.split("\n") if line.strip()][:lines]) or type(cause).__name__
+        lines = [line.strip() for line in text.split("\n") if line.strip()] or [type(cause).__name__]
+        text = " ".join(lines[: 2 if "Config name is missing" in text else 1])  # the second line has the names
         if "Config" in text:
             raise DataError(f"datasets cannot open {where!r}: {text} (--hf-config)") from error
         if damaged := _damaged_file(_local(where)):
