@@ -12,7 +12,7 @@ import numpy as np
 
 from .images import IMAGE_EXTENSIONS, DataError, first_rows, require
 from .names import natural_key, part_kind, pick_part, some
-from .parts import EvalPart, Reading, Splits, cut_test, look, make_eval_part, make_splits
+from .parts import EvalPart, Reading, Splits, cut_test, look, make_eval_part, make_splits, transparency
 
 __all__ = ["open_hf", "open_hf_eval", "open_hf_stream"]
 
@@ -148,7 +148,8 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
     if not _is_labelled(test, "label"):
         raise DataError(f"the split {test_key!r} of {name} has no labels; choose another (--test-split)")
     evaluated = make_eval_part(name, test_key, test, len(test), reading)
-    size, grey = look(_tried(where, lambda: first_rows(train, 32)))
+    first = _tried(where, lambda: first_rows(train, 32))
+    size, grey = look(first)
     unused = [k for k in streams if k not in (train_key, test_key)]
     return Splits(
         name,
@@ -161,7 +162,11 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
         license=builder.info.license or "",
         streamed=num_train,
         background=reading.background,
-        notes=(*([f"not used: {some(unused)} of {name}"] if unused else []), *evaluated.notes),
+        notes=(
+            *([f"not used: {some(unused)} of {name}"] if unused else []),
+            *transparency([first], reading.background, "first training images"),
+            *evaluated.notes,
+        ),
     )
 
 
