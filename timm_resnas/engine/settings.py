@@ -345,7 +345,7 @@ class LatencyOptions:
     precision: str = option("float32", "of weights, or autocast (amp)", choices=PRECISIONS, basic=True)
     rounds: int = option(10, "times that each network is measured", range=COUNT)
     min_run_time: float = option(0.1, "seconds of each, but at least three repeats", range=POSITIVE)
-    calibration: int = option(8, "networks that the table's line is fitted on", range=NOT_NEGATIVE)
+    calibration: int = option(8, "networks that the table's line is fitted on", range=COUNT)
     verify: int = option(30, "networks to compare with the prediction; 0: none", range=NOT_NEGATIVE)
     seed: int = option(0, "decides the random networks", range=NOT_NEGATIVE)
 
