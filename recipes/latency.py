@@ -20,8 +20,8 @@ alone predict. The machine's speed may have changed since the table was measured
 calibration networks, which are measured again.
 
 Files: FILE, the table (readable, with the comparison in its notes); FILE's name with .png, predicted against measured;
-with .records.jsonl every measurement. Started again with the same command, it continues where it was; remove the records
-to start over.
+with .records.jsonl every measurement. Started again with the same command, it continues where it was; remove these
+records to start over.
 """
 
 from timm_resnas.engine.options import parse
