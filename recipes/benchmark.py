@@ -11,7 +11,7 @@ network itself takes, each in a process of its own.
 
     python recipes/benchmark.py search --space vit_resnas_tiny --images 256
 
-`search` times scoring the same candidates in three ways: our evaluator within a search; building each candidate anew,
+`search` times scoring the same candidates in three ways: our evaluator within a search; building each candidate,
 loading its slice of the weights and evaluating it; and the forward passes of our evaluator alone. The overhead is what
 a search spends outside of forward passes.
 
@@ -38,25 +38,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import supernet as recipe
 import timm
 import torch
-import yaml
-from common import RunError, add_run_options, main_guard
 from timm.optim import create_optimizer_v2
-from training import augmentation, make_schedule
 
 import timm_resnas  # noqa: F401  (registers the models)
-from timm_resnas import Arch
-from timm_resnas.data import eval_batches, eval_transform, load_splits, train_loader, train_transform
-from timm_resnas.hub import load
+from timm_resnas.arch import Arch
+from timm_resnas.data import eval_batches, eval_transform, train_loader, train_transform
+from timm_resnas.engine.data import augmentation
+from timm_resnas.engine.run import RunError, cli_errors
+from timm_resnas.engine.supernet import open_run, val_batches
+from timm_resnas.engine.training import make_schedule
 from timm_resnas.nas.cost import Budget, format_cost
 from timm_resnas.nas.evaluate import Evaluator, count_correct
 from timm_resnas.nas.evolution import RandomSearch, rank_key
 from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
-from timm_resnas.nas.supernet import VitResNasSupernet
 
 MODES = ("masked", "sliced", "largest", "average")
 
@@ -71,7 +69,7 @@ def make_steps(args: argparse.Namespace, modes: tuple[str, ...]) -> tuple[dict[s
     """One function per mode that runs forward and backward of a step; and the arithmetic limit."""
     space = SearchSpace.preset(args.space)
     if args.img_size:
-        space = space.with_model_args(img_size=args.img_size)
+        space = space.at(img_size=args.img_size)
     sampler = MultiArchSampler(space, args.num_archs, args.seed, warmup_epochs=0)
     sampled = [a for step in range(args.rounds + 1) for a in sampler.archs(0, step)]
     mean = statistics.mean(space.costs(a)["macs"] for a in sampled)
@@ -80,18 +78,13 @@ def make_steps(args: argparse.Namespace, modes: tuple[str, ...]) -> tuple[dict[s
     dtype = getattr(torch, args.dtype)
     nets: dict[str, torch.nn.Module] = {}
     if {"masked", "sliced", "largest"} & set(modes):
-        supernet = timm.create_model("vit_resnas_supernet", space=space.to_dict()).to(args.device).train()
+        supernet = timm.create_model(space.supernet, space=space.to_dict()).to(args.device).train()
         nets = dict.fromkeys(("masked", "sliced", "largest"), supernet)
     if "average" in modes:
-        nets["average"] = timm.create_model(
-            "vit_resnas",
-            network_def=average_network(space, mean).canonical().to_network_def(),
-            **{k: space.model_args[k] for k in ("img_size", "patch_size", "in_chans")},
-        )
+        nets["average"] = space.network(average_network(space, mean))
         nets["average"] = nets["average"].to(args.device).train()
     model_args = space.model_args
     size = model_args["img_size"]
-    size = [size, size] if isinstance(size, int) else size
     x = torch.randn(args.batch_size, model_args["in_chans"], *size, device=args.device)
     y = torch.randint(0, model_args["num_classes"], (args.batch_size,), device=args.device)
 
@@ -173,28 +166,11 @@ def supernet_step(args: argparse.Namespace) -> None:
             json.dump({"args": vars(args) | {"run": None}, "seconds": seconds, "memory": memory, "limit": limit}, f)
 
 
-def open_run(folder: Path) -> tuple[argparse.Namespace, recipe.Data, VitResNasSupernet]:
-    """Options, data and supernet of a finished run."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    options = argparse.ArgumentParser()
-    add_run_options(options)
-    recipe.add_options(options)
-    options = argparse.Namespace(**{**vars(options.parse_args([])), **config})
-    train, val = json.loads((folder / "state" / "data.json").read_text(encoding="utf-8"))[:2]
-    supernet = load(config.get("supernet") or folder / "supernet").eval()
-    data_config = timm.data.resolve_model_data_config(supernet)
-    space = supernet.space
-    if config.get("supernet") and config.get("space"):  # a part of the supernet's
-        model_args = space.model_args
-        space = recipe.open_space(config["space"]).with_model_args(**model_args)
-    return options, recipe.Data(load_splits(options.dataset), space, train, val, data_config), supernet
-
-
 def search(args: argparse.Namespace) -> None:
     space = SearchSpace.preset(args.space)
     model_args = space.model_args
     torch.manual_seed(args.seed)
-    net = timm.create_model("vit_resnas_supernet", space=space.to_dict()).eval()
+    net = timm.create_model(space.supernet, space=space.to_dict()).eval()
     x = torch.randn(args.images, model_args["in_chans"], *net.img_size)
     y = torch.randint(0, model_args["num_classes"], (args.images,))
     batches = list(zip(x.split(64), y.split(64), strict=True))
@@ -210,20 +186,20 @@ def search(args: argparse.Namespace) -> None:
         crossovers=0,
     )
     inside = 0.0
-    original = net.forward_from_stem
+    original = net.forward_shared
 
-    def timed(stem: torch.Tensor) -> torch.Tensor:
+    def timed(h: torch.Tensor) -> torch.Tensor:
         nonlocal inside
         begin = time.perf_counter()
-        out = original(stem)
+        out = original(h)
         inside += time.perf_counter() - begin
         return out
 
-    net.forward_from_stem = timed
+    net.forward_shared = timed
     ours, forward, anew, build = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         evaluator = Evaluator(net, batches, folder=folder)
-        evaluator.score([space.smallest])  # the stem's pass over the images, once in a search
+        evaluator.score([space.smallest])  # what networks share, once in a search
         while not search.done:
             inside, begin = 0.0, time.perf_counter()
             archs = search.ask()
@@ -236,12 +212,11 @@ def search(args: argparse.Namespace) -> None:
             begin = time.perf_counter()
             for arch, score in zip(archs, scores, strict=True):
                 start = time.perf_counter()
-                definition = arch.canonical().to_network_def()
-                model = timm.create_model("vit_resnas", network_def=definition, **plain_args(space))
+                model = space.network(arch)
                 model.load_state_dict(net.sliced_state_dict(arch, model))
                 built += time.perf_counter() - start
                 if count_correct(model.eval(), batches)[0] != score:
-                    raise RunError(f"{arch} scores differently when it is built anew")
+                    raise RunError(f"{arch} scores differently as a network of its own")
             anew.append((time.perf_counter() - begin) / len(archs))
             build.append(built / len(archs))
     print(
@@ -252,12 +227,8 @@ def search(args: argparse.Namespace) -> None:
     share = statistics.median(1 - f / a for a, f in zip(ours, forward, strict=True))
     a, f, b, c = (statistics.median(v) for v in (ours, forward, anew, build))
     print(f"ours        {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
-    print(f"built anew  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
+    print(f"built singly  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
     print(f"ours is {ratio:.2f}x as fast (median of the rounds' ratios)")
-
-
-def plain_args(space: SearchSpace) -> dict:
-    return {k: space.model_args[k] for k in ("img_size", "patch_size", "in_chans", "num_classes")}
 
 
 def versus(args: argparse.Namespace) -> None:
@@ -271,13 +242,13 @@ def versus(args: argparse.Namespace) -> None:
         budget = Budget.from_dict(limits) if limits else None
         history = read_jsonl(folder / "history.jsonl")
         random = RandomSearch(data.space, budget, options.seed, population=len(history), iterations=1)
-        evaluator = Evaluator(net, recipe.val_batches(data, torch.device("cpu")))
+        evaluator = Evaluator(net, val_batches(data, torch.device("cpu")))
         archs = random.ask()
         random.tell(zip(archs, evaluator.score(archs), strict=True))
         tester = Evaluator(net, eval_batches(data.splits.test, eval_transform(data.config)))
         row = []
         for record in (min(history, key=rank_key), random.best):
-            (test,) = tester.score([Arch.from_network_def(record["network_def"])])
+            (test,) = tester.score([Arch.from_record(record)])
             row += [record["score"] / len(data.val), test / results["test_images"]]
         rows.append(row)
         shown = " | ".join(f"{v:.4f}" for v in row)
@@ -379,7 +350,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    with main_guard("benchmark.py"):
+    with cli_errors("benchmark.py"):
         if args.threads:
             torch.set_num_threads(args.threads)
         args.run(args)

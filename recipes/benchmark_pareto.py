@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import open_run
-from common import Clock, HelpFormatter, Progress, RunError, format_minutes, main_guard
-from search import fingerprint
 
-from timm_resnas import Arch
+from timm_resnas.arch import Arch
 from timm_resnas.data import eval_batches, eval_transform
+from timm_resnas.engine.run import Deadline, Progress, RunError, cli_errors, format_minutes
+from timm_resnas.engine.search import fingerprint
+from timm_resnas.engine.supernet import open_run
 from timm_resnas.nas.evaluate import Evaluator
 from timm_resnas.nas.pareto import ParetoSearch
 from timm_resnas.nas.space import SearchSpace
@@ -56,7 +56,7 @@ def ours(space: SearchSpace, score: Score, seed: int, args: argparse.Namespace) 
     while not search.done:
         batch = search.ask()
         search.tell(zip(batch, score(batch), strict=True))
-    return [Arch.from_network_def(r["network_def"]) for r in search.history]
+    return [search.archs[r["key"]] for r in search.history]
 
 
 def nsga2(space: SearchSpace, score: Score, seed: int, args: argparse.Namespace, population: int) -> list[Arch]:
@@ -73,7 +73,7 @@ def nsga2(space: SearchSpace, score: Score, seed: int, args: argparse.Namespace,
 
     class Networks(Problem):
         def __init__(self) -> None:
-            last = np.array([len(layer.choices) - 1 for layer in space.layers])
+            last = np.array([len(gene.draws) - 1 for gene in space.searched])
             super().__init__(n_var=len(last), n_obj=1 + len(args.objectives), xl=0, xu=last, vtype=int)
 
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
@@ -155,7 +155,7 @@ def benchmark(args: argparse.Namespace) -> None:
     )
     volumes: dict[str, list[float]] = {name: [] for name in methods}
     distinct: dict[str, list[int]] = {name: [] for name in methods}
-    clock, done = Clock(), 0
+    clock, done = Deadline(), 0
     for seed in range(args.seeds):
         for name, method in methods.items():
             computed, begin = evaluator.num_computed, time.perf_counter()
@@ -169,7 +169,7 @@ def benchmark(args: argparse.Namespace) -> None:
             left = clock.seconds() / done * (args.seeds * len(methods) - done)
             print(
                 f"seed {seed}, {name}: {volumes[name][-1]:.4f}; {evaluator.num_computed - computed} networks scored "
-                f"in {time.perf_counter() - begin:.0f} s, left {format_minutes(left)}",
+                f"in {time.perf_counter() - begin:.0f} s, ends in {format_minutes(left)}",
                 flush=True,
             )
     print(
@@ -187,7 +187,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of search.py or supernet.py")
     parser.add_argument("--objectives", nargs="+", default=["macs", "params"], metavar="COST", help="beside the error")
     parser.add_argument("--evaluations", type=int, default=300, help="networks that each search scores")
@@ -201,7 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    with main_guard("benchmark_pareto.py"):
+    with cli_errors("benchmark_pareto.py"):
         benchmark(args)
 
 

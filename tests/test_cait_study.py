@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models import cait
 from torch.testing import assert_close
 
-from timm_resnas.models.cait_study import cait_cost, checkpoint_filter_fn, layer_scale_init
+from timm_resnas.models.cait_study import checkpoint_filter_fn, layer_scale_init
 from timm_resnas.nas.count import count_macs
 
 # name, depth, width, heads, size, parameters, MACs: counted on the original class
@@ -60,29 +60,12 @@ def test_logits_of_the_released_code(golden):
 
 @pytest.mark.parametrize(("name", "depth", "width", "heads", "size", "params", "macs"), TABLE)
 def test_size_of_the_paper_s_models(name, depth, width, heads, size, params, macs):
-    expected = dict(macs=macs, params=params)
-    assert cait_cost(img_size=size, embed_dim=width, depth=depth, num_heads=heads) == expected
+    assert count(name, size) == dict(macs=macs, params=params)
     model = timm.create_model(name, device="meta")
     assert isinstance(model, cait.Cait)
-    assert sum(p.numel() for p in model.parameters()) == params
-    assert len(model.blocks) == depth and model.patch_embed.img_size == (size, size)
+    assert len(model.blocks) == depth and model.embed_dim == width and model.patch_embed.img_size == (size, size)
     assert {block.attn.num_heads for block in model.blocks} == {heads}
     assert model.init_values == layer_scale_init(depth)
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(class_token=False),
-        dict(class_token_layer=2, talking_heads=False),
-        dict(residual="none", depth_token_only=1, mlp_ratio=3.0),
-        dict(residual="rezero", img_size=64, patch_size=16),
-        dict(img_size=224, patch_size=16, embed_dim=288, depth=2, num_heads=6),  # as XS24, but for the depth
-    ],
-)
-def test_cost_of_any_design(kwargs):
-    args = {**SMALL, **kwargs}
-    assert cait_cost(**args) == count("cait_study", args["img_size"], **args)
 
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "cait_s36_224"])
@@ -233,6 +216,116 @@ def test_image_size_can_change(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(images(size=64)), logits)
+
+
+def saved(model, folder, **kwargs):
+    """The model from a folder, with other arguments."""
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(class_token=False),  # global_pool and depth_token_only follow
+        dict(class_token=False, global_pool=""),
+        dict(class_token_layer=2),
+        dict(residual="rezero"),
+        dict(residual="fixup", depth_token_only=1),
+        dict(talking_heads=False, pre_norm=False),
+        dict(global_pool="avg", num_classes=0),
+        dict(dynamic_img_size=True),
+    ],
+)
+def test_what_is_saved_is_what_loads(kwargs, classes, tmp_path):
+    model = small(**kwargs)
+    if classes is not None:
+        model.reset_classifier(classes)
+    loaded = saved(model, tmp_path)
+    with torch.no_grad():
+        assert_close(loaded(images()), model(images()), rtol=0, atol=0)
+    assert loaded.global_pool == model.global_pool
+
+
+@pytest.mark.parametrize("old", [(32, 48), (48, 32), (16, 64), (64, 64)])
+@pytest.mark.parametrize("new", [(64, 64), (48, 32), (64, 16), (32, 32)])
+def test_rectangles_load_at_any_size(old, new, tmp_path):
+    """As `set_input_size` would give; among them sizes with as many patches in another shape."""
+    model = small(img_size=old)
+    loaded = saved(model, tmp_path, img_size=new)
+    model.set_input_size(new)
+    x = torch.randn(1, 3, *new)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_grid_of_a_bare_checkpoint(tmp_path, caplog):
+    state = small(img_size=(32, 64)).state_dict()
+    wide, tall = small(img_size=(32, 64)), small(img_size=(64, 32))
+    for model in (wide, tall, small()):  # not a square, and nothing says which of 4x8, 8x4, 2x16
+        with pytest.raises(ValueError, match="32 positions, and nothing says in what height and width"):
+            checkpoint_filter_fn(state, model)
+    safetensors.torch.save_file(state, tmp_path / "wide.safetensors")
+    overlay = dict(file=str(tmp_path / "wide.safetensors"), input_size=(3, 32, 64), num_classes=5)
+    loaded = timm.create_model(
+        "cait_study", pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, "img_size": (64, 32)}
+    ).eval()
+    wide.set_input_size((64, 32))
+    assert torch.equal(loaded.pos_embed, wide.pos_embed)
+    # 16 patches: a square, unless the model's own 16 are none
+    with pytest.raises(ValueError, match="16 positions, and nothing says"):
+        checkpoint_filter_fn(small().state_dict(), small(img_size=(16, 64)))
+    checkpoint_filter_fn(small().state_dict(), small())
+    assert caplog.records == []
+    checkpoint_filter_fn(small().state_dict(), wide)
+    assert "its 16 positions are taken for 4x4" in caplog.text
+    model = small()
+    model.pretrained_model_args = dict(img_size=64)
+    with pytest.raises(ValueError, match="img_size 64 means 8x8 positions, but its pos_embed has 16"):
+        checkpoint_filter_fn(small().state_dict(), model)
+
+
+def test_input_size_that_does_not_change():
+    model, x = small(img_size=(32, 48)), torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected, pos_embed = model(x), model.pos_embed
+        for size in (dict(), dict(img_size=None, patch_size=None), dict(patch_size=8), dict(img_size=[32, 48])):
+            model.set_input_size(**size)
+            assert torch.equal(model(x), expected)
+    assert model.pos_embed is pos_embed and model._model_args["img_size"] == (32, 48)
+
+
+def test_other_patch_size(tmp_path):
+    """The patch embedding is resampled as timm's, and a saved model keeps it."""
+    model = small()
+    model.set_input_size(patch_size=4, img_size=(16, 24))
+    assert {info["reduction"] for info in model.feature_info} == {4}
+    x = torch.randn(1, 3, 16, 24)
+    loaded = saved(model, tmp_path)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
+        assert model.forward_intermediates(x, intermediates_only=True)[0].shape == (1, 48, 4, 6)
+
+
+@pytest.mark.parametrize("name", ["cait_study", "cait_xs24_224"])
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (40, 24), (64, 8)])
+def test_dynamic_image_size_is_set_input_size(name, size):
+    torch.manual_seed(0)
+    args = {**SMALL, "depth": 3}
+    dynamic, fixed = (
+        timm.create_model(name, dynamic_img_size=True, **args).eval(),
+        timm.create_model(name, **args).eval(),
+    )
+    fixed.load_state_dict(dynamic.state_dict())
+    with pytest.raises(AssertionError, match="should be divisible by patch size"):
+        dynamic(torch.randn(1, 3, 32, 36))
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        fixed.set_input_size(size)
+        assert_close(dynamic(x), fixed(x), rtol=0, atol=0)
+        maps = (m.forward_intermediates(x, intermediates_only=True) for m in (dynamic, fixed))
+        assert_close(*maps, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ExMobileViT: the released numbers on its own body, timm's MobileViT underneath ours, any image size."""
+"""ExMobileViT: the released numbers on the released body, timm's MobileViT underneath ours, any image size."""
 
 import pytest
 import safetensors.torch
@@ -133,6 +133,29 @@ def test_ratio_and_widths():
     model = timm.create_model("exmobilevit_576", device="meta", shortcut_ratio=[1, 0, 4])
     assert model.widths == [96, 0, 640]
     assert model.forward_features(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 736, 2, 2)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(widths=(8, 16, 24), global_pool="max"),
+        dict(shortcut_ratio=[1, 0, 4]),  # displaces the widths of the name
+        dict(num_classes=0, se=True),
+        dict(stem_stride=1, output_stride=16),
+        dict(body="paper"),
+    ],
+)
+def test_what_is_saved_is_what_loads(kwargs, classes, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("exmobilevit_576", **{**SMALL, **kwargs}).eval()
+    if classes is not None:
+        model.reset_classifier(classes)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
 def test_squeeze_and_excitation_variant():

@@ -1,4 +1,4 @@
-"""What timm 1.0.31 asks of its models in its own tests/test_models.py, asked of every name that this package registers.
+"""What timm 1.0.31 asks of its models in tests/test_models.py, asked of every name that this package registers.
 
 A network as registered is checked on the meta device: shapes, names, gradients that exist, at no arithmetic. Numbers
 are checked on a relative with fewer channels and blocks and smaller images (:data:`FAMILIES`). A new name of a known
@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import operator
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,32 @@ class Family:
 FAMILIES = {
     "vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
     "supernet": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
+    "reformer": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        # one round of hashing: torch's fused attention has no sums to combine more
+        small=dict(img_size=64, patch_size=4, embed_dim=48, depth=3, num_heads=3, bucket_size=16, num_hashes=1),
+    ),
+    "sepvit": Family(
+        "NCHW",
+        size=128,
+        pool="max",
+        small=dict(img_size=128, embed_dims=(16, 24, 32, 48), depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    ),
     "sret": Family("NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))),
+    "uninet": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        small=dict(
+            repeats=(1, 1, 1, 1, 1, 2),
+            channels=(16, 16, 24, 24, 32, 48),
+            stem_width=16,
+            head_width=64,
+            head_dim=8,
+        ),
+    ),
     "exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
     "cait_study": Family("NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)),
 }
@@ -239,10 +265,12 @@ def test_no_pretrained_weights_are_claimed(fresh_import):
 def test_default_cfg(name, registered):
     cfg = timm.get_pretrained_cfg(name)
     assert not cfg.has_weights
-    for key in ("architecture", "crop_pct", "interpolation", "mean", "std", "num_classes", "license", "origin_url"):
+    for key in ("architecture", "crop_pct", "interpolation", "mean", "std", "num_classes"):
         assert getattr(cfg, key), f"{key} is not filled in"
+    for key in ("license", "origin_url", "paper_ids", "paper_name"):
+        assert getattr(cfg, key), f"{key} is not filled in"
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", cfg.paper_ids)
     assert cfg.architecture == name
-    assert cfg.paper_ids or cfg.paper_name
     state = registered.state_dict()
     assert registered.in_chans == cfg.input_size[0]
     assert registered.num_classes == cfg.num_classes
@@ -463,8 +491,33 @@ def test_other_image_sizes(name, net):
         built = build(name, img_size=(height, width))
         built.load_state_dict(filter_of(net)(net.state_dict(), built))
         assert_close(resized(x), built(x))
+        resized.set_input_size(img_size=None, patch_size=None)  # keeps the size
+        assert_close(resized(x), built(x))
         resized.set_input_size(img_size=side)
         assert resized(images(name)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in TRACEABLE if family(name).layout == "NLC"], scope="module")
+@jit
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")
+def test_dynamic_image_size(name, net):
+    """As `set_input_size`, at any size, also scripted and traced."""
+    with set_scriptable(True):
+        model = build(name, dynamic_img_size=True)
+    model.load_state_dict(net.state_dict())
+    scripted, graph, fixed = torch.jit.script(model), traced(model), copy.deepcopy(net)
+    side = family(name).size
+    with torch.no_grad():
+        for size in ((side, side), (side, 2 * side), (2 * side, side)):
+            fixed.set_input_size(size)
+            x = torch.randn(2, 3, *size)
+            expected = fixed(x)
+            assert_close(model(x), expected, rtol=0, atol=0)
+            assert_close(graph(x), expected, rtol=0, atol=0)
+            assert_close(scripted(x), expected)
+            fixed = copy.deepcopy(net)
+    assert timm.models._input.get_model_args(model)["dynamic_img_size"] is True
+    assert not timm.models._input.get_model_input_config(model)["fixed_input_size"]
 
 
 @every_traceable

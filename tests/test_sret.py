@@ -9,13 +9,8 @@ import torch
 from timm.layers import set_fused_attn
 from torch.testing import assert_close
 
-from timm_resnas.models.sret import (
-    GroupAttention,
-    checkpoint_filter_fn,
-    fixed_permutation,
-    sret_cost,
-    sret_deep_args,
-)
+from timm_resnas.models.sret import checkpoint_filter_fn
+from timm_resnas.models.sret_layers import GroupAttention, fixed_permutation
 from timm_resnas.nas.count import count_macs
 
 T = dict(
@@ -61,12 +56,10 @@ def images(size=32, batch=2):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def count(name, **kwargs):
+def count(name, size=224, **kwargs):
     """Parameters and MACs of a model."""
-    model = timm.create_model(name, device="meta", **kwargs)
-    size = kwargs.get("img_size", 224)
-    size = (size, size) if isinstance(size, int) else size
-    return dict(macs=count_macs(model, (3, *size)), params=sum(p.numel() for p in model.parameters()))
+    model = timm.create_model(name, device="meta", img_size=size, **kwargs)
+    return dict(macs=count_macs(model, (3, size, size)), params=sum(p.numel() for p in model.parameters()))
 
 
 class Golden:
@@ -148,22 +141,9 @@ def test_copies_of_a_shared_block_have_to_agree(golden):
 @pytest.mark.parametrize(("name", "config", "size", "params", "macs"), TABLE)
 def test_size_of_the_paper_s_models(name, config, size, params, macs):
     expected = dict(macs=macs, params=params)
-    assert sret_cost(img_size=size, **config) == expected
-    if size == 224:  # larger ones take seconds
-        assert count(name or "sret_ltiny", **({} if name else config)) == expected
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(T, img_size=(200, 136)),  # groups do not divide
-        dict(T, img_size=32, patch_size=2, class_token=True),
-        dict(T, img_size=64, np_mlp_ratio=0, residual="branch", num_classes=10),
-        dict(T, img_size=64, depths=(6, 3, 3), recursive_num=(2, 3, 1), groups1=(3, 2, 2), residual="none"),
-    ],
-)
-def test_cost_of_any_configuration(config):
-    assert sret_cost(**config) == count("sret", **config)
+    assert count("sret", size, **config) == expected
+    if name:
+        assert count(name, size) == expected
 
 
 def test_weights_are_stored_once(tmp_path):
@@ -340,18 +320,52 @@ def test_set_recursions_uses_the_first_passes():
         model.set_recursions(3)
 
 
-def test_very_deep_variants():
-    args = sret_deep_args(108)
-    assert sum(args["depths"]) == 108
-    assert args == dict(depths=(20, 56, 32), recursive_num=(5, 14, 8))
-    cost = sret_cost(**{**T, **args})
-    assert 15.0e6 < cost["params"] < 15.5e6
-    assert sum(sret_deep_args(1000, 40)["depths"]) == 1000
-    model = timm.create_model("sret", **sret_deep_args(108), **MINI)
+@pytest.mark.parametrize(
+    ("kwargs", "change"),
+    [
+        (dict(class_token=True), lambda m: None),  # global_pool follows class_token
+        (dict(class_token=True, global_pool=""), lambda m: None),
+        (dict(class_token=True, num_classes=0), lambda m: None),
+        (dict(class_token=True), lambda m: m.reset_classifier(3)),
+        (dict(class_token=True), lambda m: m.reset_classifier(3, "")),
+        (dict(class_token=True, global_pool=""), lambda m: m.reset_classifier(3, "token")),
+        (dict(global_pool="avgmax"), lambda m: m.reset_classifier(3)),
+        (dict(), lambda m: m.reset_classifier(3, "max")),
+        (dict(), lambda m: m.set_recursions(1)),
+        (dict(recursions=1), lambda m: m.set_recursions()),
+        (dict(img_size=(32, 48)), lambda m: m.set_input_size((48, 32))),
+    ],
+)
+def test_what_is_saved_is_what_loads(kwargs, change, tmp_path):
+    model = mini(**kwargs)
+    change(model)
+    x = torch.randn(2, 3, *(2 * side for side in model.pos_embed.shape[2:]))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.global_pool == model.global_pool and loaded.recursions == model.recursions
+
+
+def test_input_size_that_does_not_change():
+    model, x = mini(img_size=(32, 48)), torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected = model(x)
+        for size in (dict(), dict(img_size=None, patch_size=None), dict(patch_size=2), dict(img_size=(32, 48))):
+            model.set_input_size(**size)
+            assert torch.equal(model(x), expected)
+    assert model._model_args["img_size"] == (32, 48)
+    with pytest.raises(ValueError, match="patch_size=4"):
+        model.set_input_size(patch_size=4)
+
+
+def test_very_deep_variant():
+    """More than 100 layers, as the paper's abstract: 108 from 27 blocks."""
+    deep = dict(depths=(20, 56, 32), recursive_num=(5, 14, 8))
+    assert 15.0e6 < count("sret", **{**T, **deep})["params"] < 15.5e6
+    model = timm.create_model("sret", **deep, **MINI)
     model(images()).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    with pytest.raises(ValueError, match="multiple of num_recursions=4"):
-        sret_deep_args(107)
 
 
 @pytest.mark.parametrize(
@@ -360,8 +374,8 @@ def test_very_deep_variants():
         (dict(depths=(2, 2)), "lengths are"),
         (dict(depths=(2, 5, 2), recursive_num=(1, 2, 1)), "5 applications of 2 blocks"),
         (dict(groups1=(0, 1, 1)), "must be positive"),
-        (dict(num_heads=(2, 3, 4)), "multiple of the one before"),
-        (dict(patch_size=16), "8, 4, 2 or 1|1, 2, 4 or 8"),
+        (dict(num_heads=(2, 3, 4)), "multiples of the one before"),
+        (dict(patch_size=16), "patch_size=16"),
         (dict(residual="some"), "residual='some'"),
         (dict(eval_permutation="some"), "eval_permutation='some'"),
         (dict(global_pool="token"), "without a class token"),

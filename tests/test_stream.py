@@ -218,7 +218,7 @@ def test_images_without_a_label(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=25, lanes=6), "25 is no positive multiple of the 6 lanes"),
+        (dict(batch_size=25, lanes=6), "25 is not a positive multiple of the 6 lanes"),
         (dict(lanes=7), "lanes must lie between 1 and the stream's 6 shards, got 7"),
         (dict(world=4, lanes=6), "4 processes cannot share 6 lanes of a stream with 6 shards .* a multiple of 4"),
         (dict(world=2, rank=2, lanes=6), "rank must lie between 0 and 1, got 2"),
@@ -267,8 +267,8 @@ def test_statistics_of_a_grey_stream(tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "options", "message"),
     [
-        (dict(), dict(), dict(), r"does not say how many images its split 'train' has \(num_train=…\)"),
-        (dict(), None, dict(num_train=9), "has no split 'test'; it has train.*Streaming needs both"),
+        (dict(), dict(), dict(), r"does not say how many images its split 'train' has \(--num-train\)"),
+        (dict(), None, dict(num_train=9), "has no test split; it has train .--test-split.*Streaming needs both"),
         (dict(), dict(), dict(num_train=9, train_split="big"), "has no split 'big'; it has"),
         (dict(names=None), dict(names=None), dict(num_train=9), r"must name its classes \(ClassLabel\)"),
         (dict(label="kind"), dict(label="kind"), dict(num_train=9, label_key="label"), "no column 'label'"),

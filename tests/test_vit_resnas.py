@@ -136,6 +136,95 @@ def test_checkpoint_at_another_size_is_resampled(kwargs, tmp_path):
     assert reduction.pos_embed.shape[1] == 6 * 7 and large.pos_embed.shape[1] == 12 * 14 + large.num_prefix_tokens
 
 
+def saved(model, folder, **kwargs):
+    """The model from a folder, with other arguments."""
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),  # num_classes follows network_def
+        dict(network_def=(*SMALL[:-1], (2, 24, 0))),
+        dict(num_classes=1000),
+        dict(num_classes=0),
+        dict(distill_token=True),
+        dict(patch_head=True, global_pool="avg"),
+        dict(global_pool=""),
+        dict(dynamic_img_size=True),
+    ],
+)
+def test_what_is_saved_is_what_loads(kwargs, classes, tmp_path):
+    model, x = build(**kwargs), torch.randn(2, 3, 32, 32)
+    if classes is not None:
+        model.reset_classifier(classes)
+    loaded = saved(model, tmp_path)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.global_pool == model.global_pool and loaded.num_classes == model.num_classes
+
+
+@pytest.mark.parametrize("old", [(32, 48), (16, 64), (64, 64)])
+@pytest.mark.parametrize("new", [(64, 64), (48, 32), (64, 16), (32, 32)])
+def test_rectangles_load_at_any_size(old, new, tmp_path):
+    """As `set_input_size` would give; among them sizes with as many patches in another shape."""
+    model = build(img_size=old)
+    loaded = saved(model, tmp_path, img_size=new)
+    model.set_input_size(new)
+    x = torch.randn(1, 3, *new)
+    with torch.no_grad():
+        assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_grid_of_a_bare_checkpoint():
+    state = build(img_size=(32, 64)).state_dict()
+    for size in ((32, 64), (64, 32), (32, 32)):
+        with pytest.raises(ValueError, match="128 positions, and nothing says in what height and width"):
+            checkpoint_filter_fn(state, build(img_size=size))
+    with pytest.raises(ValueError, match="grid of 7x7, which 1 reductions cannot halve"):
+        checkpoint_filter_fn({**state, "pos_embed": torch.zeros(1, 50, 16)}, build())
+    model = build(img_size=(64, 32))
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 64))
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    other = build(img_size=(32, 64))
+    other.load_state_dict(state)
+    other.set_input_size((64, 32))
+    assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_input_size_that_does_not_change():
+    model, x = build(img_size=(32, 48)), torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected, pos_embed = model(x), model.pos_embed
+        for size in (dict(), dict(img_size=None, patch_size=None), dict(patch_size=4), dict(img_size=[32, 48])):
+            model.set_input_size(**size)
+            assert torch.equal(model(x), expected)
+    assert model.pos_embed is pos_embed and model._model_args["img_size"] == (32, 48)
+    with pytest.raises(ValueError, match="patch_size 8: the network is built for 4"):
+        model.set_input_size(patch_size=8)
+
+
+@pytest.mark.parametrize("kwargs", [dict(img_size=(32, 48)), dict(distill_token=True), dict(patch_head=True)])
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (64, 24), (8, 8)])
+def test_dynamic_image_size_is_set_input_size(kwargs, size):
+    dynamic, fixed = build(dynamic_img_size=True, **kwargs), build(**kwargs)
+    fixed.load_state_dict(dynamic.state_dict())
+    with pytest.raises(AssertionError, match="width must be a multiple of 8"):
+        dynamic(torch.randn(1, 3, 32, 36))
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        fixed.set_input_size(size)
+        assert_close(dynamic(x), fixed(x), rtol=0, atol=0)
+        maps = (m.forward_intermediates(x, intermediates_only=True) for m in (dynamic, fixed))
+        assert_close(*maps, rtol=0, atol=0)
+        dynamic.set_grad_checkpointing()
+    assert_close(dynamic(x), fixed(x))
+    dynamic.set_input_size(size)  # and both together
+    assert_close(dynamic(x), fixed(x))
+
+
 def test_resampling_is_plain_bicubic():
     net = build(img_size=32)
     grid = net.pos_embed[:, 1:].detach().reshape(1, 8, 8, 16).permute(0, 3, 1, 2).clone()

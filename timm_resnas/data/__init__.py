@@ -7,12 +7,16 @@ from .images import DataError, Images
 from .loaders import EvalBatches, TrainLoader, eval_batches, train_loader
 from .mix import MixedBatch, TokenMix
 from .multiscale import MultiScaleLoader, multiscale_loader
-from .sources import Splits, load_splits
+from .names import match_classes, natural_key
+from .parts import EvalPart, Splits
+from .sources import load_eval, load_splits
 from .splits import (
     check_leak,
     content_hashes,
     find_leaks,
+    read_split,
     repeated,
+    split_record,
     split_search_val,
     trained_on,
     training_record,
@@ -21,6 +25,7 @@ from .stream import stream_loader
 from .transforms import (
     ImageTransform,
     ShiftTransform,
+    adapt_channels,
     channel_stats,
     default_augment,
     default_data_config,
@@ -31,6 +36,7 @@ from .transforms import (
 __all__ = [
     "DataError",
     "EvalBatches",
+    "EvalPart",
     "ImageTransform",
     "Images",
     "MixedBatch",
@@ -39,6 +45,7 @@ __all__ = [
     "Splits",
     "TokenMix",
     "TrainLoader",
+    "adapt_channels",
     "channel_stats",
     "check_leak",
     "content_hashes",
@@ -47,9 +54,14 @@ __all__ = [
     "eval_batches",
     "eval_transform",
     "find_leaks",
+    "load_eval",
     "load_splits",
+    "match_classes",
     "multiscale_loader",
+    "natural_key",
+    "read_split",
     "repeated",
+    "split_record",
     "split_search_val",
     "stream_loader",
     "train_loader",

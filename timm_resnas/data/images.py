@@ -3,19 +3,25 @@
 import logging
 import os
 import re
+import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
 import torch.utils.data
-from PIL import Image
+from PIL import Image, ImageColor
 
-__all__ = ["DataError", "Images"]
+__all__ = ["WHITE", "DataError", "Images", "parse_background"]
 
 _logger = logging.getLogger(__name__)
 
+IMAGE_EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"),
+)
 GIB = 1 << 30
+WHITE = "#ffffff"  # what viewers and web pages show behind a drawing; colours under transparent pixels are arbitrary
 # how `sources` stores digits and Fashion-MNIST; Pillow's general way takes ten times as long for so small an image
 _RAW_GREY = re.compile(rb"P5 (\d+) (\d+) 255\n")
 _ORIENTATION = 0x0112  # EXIF tag
@@ -55,35 +61,108 @@ def first_rows(stream, count: int):
     return datasets.Dataset.from_list(list(raw.take(count)), features=features)
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Converts to `mode` ('RGB' or 'L') as timm's datasets do, by `Image.convert`, but 16-bit greys unclipped."""
+def parse_background(colour: str) -> str:
+    """A colour by name or as '#rrggbb', '#rgb', 'rgb(…)' -> '#rrggbb'.
+
+    Raises:
+        DataError: It is not an opaque colour.
+    """
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(colour)
+    except (ValueError, AttributeError, TypeError):
+        raise DataError(f"background must be a colour such as white, grey or #ff8800, got {colour!r}") from None
+    if alpha and alpha[0] != 255:
+        raise DataError(f"background must be an opaque colour, got {colour!r}")
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel of a loaded image is (partly) transparent; an alpha channel alone does not say so."""
+    if not image.has_transparency_data:
+        return False
+    if image.mode.startswith("I"):
+        return bool((np.asarray(image) == image.info["transparency"]).any())
+    return _rgba(image).getchannel("A").getextrema()[0] < 255
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
+        image = image.convert("LA")
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def to_mode(image: Image.Image, mode: str, background: str = WHITE) -> Image.Image:
+    """Converts to `mode` ('RGB' or 'L') by `Image.convert`, as timm's datasets do, with two differences.
+
+    Transparent pixels show the `background`, not the colour that is stored under them; 16-bit greys and floats are
+    scaled, not clipped.
+    """
+    alpha = None
     if image.mode.startswith("I"):  # I;16, I;16B, or I: how 16-bit PNG and TIFF arrive
         grey = np.asarray(image)
+        if "transparency" in image.info:
+            alpha = Image.fromarray(np.where(grey == image.info["transparency"], 0, 255).astype(np.uint8))
         if image.mode != "I" or grey.max(initial=0) > 255:
             grey = grey >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    elif image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image))
+        scale = 255 if grey.max(initial=0) <= 1 else 1 if grey.max() <= 255 else 255 / 65535
+        image = Image.fromarray((grey * scale).clip(0, 255).round().astype(np.uint8))
+    if alpha is not None:
+        image.putalpha(alpha)
+    if image.has_transparency_data:
+        image = _rgba(image)
+        if image.getchannel("A").getextrema()[0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image if image.mode == mode else image.convert(mode)
 
 
-def open_image(item: dict) -> Image.Image:
+def open_image(item: dict | None) -> Image.Image:
     """Opens one value of an undecoded `datasets.Image` column; pixels are read later."""
-    if item["bytes"] is not None:
-        return Image.open(BytesIO(item["bytes"]))
-    if item["path"] is None:
+    if item is None or item["bytes"] is None and item["path"] is None:
         raise ValueError("the row holds no image")
-    if "://" not in item["path"]:
-        return Image.open(item["path"])
-    return require("datasets").Image().decode_example(item)  # a remote file
+    if item["bytes"] is None and "://" in item["path"]:
+        return require("datasets").Image().decode_example(item)  # a remote file
+    try:
+        return Image.open(item["path"] if item["bytes"] is None else BytesIO(item["bytes"]))
+    except (ValueError, SyntaxError, Image.UnidentifiedImageError):
+        data = item["bytes"]
+        if data is None:
+            with open(item["path"], "rb") as file:
+                data = file.read()
+        if (pixels := _png_pixels(data)) is None:
+            raise
+        return Image.open(BytesIO(pixels))
 
 
-def decode(item: dict, mode: str = "RGB", shrink: int | None = None) -> Image.Image:
-    """Decodes, converts to `mode` and turns upright by the EXIF orientation, as `datasets` does.
+def _png_pixels(data: bytes) -> bytes | None:
+    """A PNG without its metadata, in which Pillow refuses damage that leaves the pixels as they are; else None."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    out, start = [data[:8]], 8
+    while start + 12 <= len(data):
+        (size,), kind = struct.unpack(">I", data[start : start + 4]), data[start + 4 : start + 8]
+        if kind[:1].isupper() or kind == b"tRNS":  # upper case: a chunk that is needed to show the image
+            out.append(data[start : start + 12 + size])
+        start += 12 + size
+    return b"".join(out)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a loaded image upright; damaged EXIF data turns nothing."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # whatever Pillow raises there, the pixels are fine
+        return None
+
+
+def decode(item: dict | None, mode: str = "RGB", shrink: int | None = None, background: str = WHITE) -> Image.Image:
+    """Decodes, converts to `mode` (see `to_mode`) and turns upright by the EXIF orientation, as `datasets` does.
 
     With `shrink`, an image whose shorter side is longer than so many pixels is reduced to it.
     """
-    if item["bytes"] is not None and (header := _RAW_GREY.match(item["bytes"])):
+    if item is not None and item["bytes"] is not None and (header := _RAW_GREY.match(item["bytes"])):
         size = (int(header[1]), int(header[2]))
         return to_mode(Image.frombytes("L", size, item["bytes"][header.end() :]), mode)
     with open_image(item) as image:
@@ -92,11 +171,11 @@ def decode(item: dict, mode: str = "RGB", shrink: int | None = None) -> Image.Im
             small = tuple(round(side * shrink / min(image.size)) for side in image.size)
             image.draft(None, (2 * small[0], 2 * small[1]))  # JPEG decodes at 1/2, 1/4, 1/8 much faster
         image.load()
-        orientation = image.getexif().get(_ORIENTATION)
-        out = to_mode(image, mode)
+        turn = _turn(image)
+        out = to_mode(image, mode, background)
     if small:
         out = out.resize(small, Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return out.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else out
+    return out if turn is None else out.transpose(turn)
 
 
 class Images(torch.utils.data.Dataset):
@@ -113,6 +192,7 @@ class Images(torch.utils.data.Dataset):
         cache_limit: Bytes of RAM for decoded images; 0 never keeps any.
         shrink: Reduce larger images to so many pixels on their shorter side. For training on photographs much
             larger than the model's input: they decode faster and fit the cache. Slightly softer pixels.
+        background: Colour behind transparent pixels, as `parse_background` takes it.
         max_corrupt: Largest fraction of unreadable images (one is always allowed).
         transform: Applied to what `[i]` gives.
 
@@ -127,6 +207,7 @@ class Images(torch.utils.data.Dataset):
         mode: str = "RGB",
         cache_limit: int = GIB,
         shrink: int | None = None,
+        background: str = WHITE,
         max_corrupt: float = 0.05,
         transform=None,
     ):
@@ -134,6 +215,7 @@ class Images(torch.utils.data.Dataset):
         self._raw = dataset.select_columns(["image"]).cast_column("image", feature)
         self.labels = np.asarray(dataset["label"][:], dtype=np.int64)
         self.mode, self.shrink, self.transform = mode, shrink, transform
+        self.background = parse_background(background)
         self.max_corrupt = max_corrupt
         self.corrupt: dict[int, str] = {}
         self._cache: list[Image.Image | None] | None = None
@@ -193,11 +275,12 @@ class Images(torch.utils.data.Dataset):
 
     def _decode(self, index: int, item: dict) -> Image.Image | None:
         try:
-            return decode(item, self.mode, self.shrink)
+            return decode(item, self.mode, self.shrink, self.background)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files
-            self.report({index: f"{item['path'] or 'embedded image'}: {type(error).__name__}: {error}"})
+            where = (item["path"] or "embedded image") if item else "empty row"
+            self.report({index: f"{where}: {type(error).__name__}: {error}"})
             return None
 
     def _estimate_bytes(self) -> int:

@@ -217,7 +217,7 @@ def train_loader(
         rank: This process, counted from 0.
         world: How many processes.
         device: Where batches go; on an accelerator they travel as bytes and are normalised there.
-        cache_limit: RAM for decoded images, in bytes; larger sets are decoded anew in each epoch.
+        cache_limit: RAM for decoded images, in bytes; larger sets are decoded again in each epoch.
         shrink: See `Images`.
         max_corrupt: Largest fraction of images that may be unreadable. The next readable one takes such an image's
             place.
@@ -226,7 +226,7 @@ def train_loader(
         DataError: For batch sizes that do not fit the data or the processes, or too many unreadable images.
     """
     if batch_size < 1 or batch_size % world:
-        raise DataError(f"batch_size counts all processes: {batch_size} is no positive multiple of {world}")
+        raise DataError(f"batch_size counts all processes: {batch_size} is not a positive multiple of {world}")
     if not 0 <= rank < world:
         raise DataError(f"rank must lie between 0 and {world - 1}, got {rank}")
     if len(dataset) < batch_size:
@@ -239,6 +239,7 @@ def train_loader(
         mode=transform.mode,
         cache_limit=0 if shifts else cache_limit,
         shrink=shrink,
+        background=transform.background,
         max_corrupt=max_corrupt,
     )
     device = _accelerator(device)
@@ -371,7 +372,9 @@ def eval_batches(
         dataset = dataset.select(list(indices))
     if not len(dataset):
         raise DataError("there are no images to evaluate on")
-    images = Images(dataset, mode=transform.mode, cache_limit=0, max_corrupt=max_corrupt)
+    images = Images(
+        dataset, mode=transform.mode, cache_limit=0, background=transform.background, max_corrupt=max_corrupt
+    )
     starts = range(0, len(images), batch_size)[rank::world]
     batches = [range(s, min(s + batch_size, len(images))) for s in starts]
     return EvalBatches(_EvalSamples(images, transform), batches, num_workers, _accelerator(device), memory_limit)

@@ -163,6 +163,7 @@ def multiscale_loader(
         mode=transforms[0].mode,
         cache_limit=cache_limit,
         shrink=shrink,
+        background=transforms[0].background,
         max_corrupt=max_corrupt,
     )
     device = _accelerator(device)

@@ -1,6 +1,7 @@
 """Cutting the search's validation set from the training set, and checking that no image leaks."""
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from .images import DataError, Images, require
+from .names import some
 
 __all__ = [
     "check_leak",
     "content_hashes",
     "find_leaks",
+    "read_split",
     "repeated",
+    "split_record",
     "split_search_val",
     "trained_on",
     "training_record",
@@ -92,7 +96,9 @@ def content_hashes(dataset, indices: Sequence[int] | None = None, *, of: str = "
     `of='pixels'` hashes the decoded, upright RGB pixels and the size: the same picture is found again when it was
     renamed, saved in another lossless format or stripped of metadata. `of='bytes'` hashes the encoded file: many
     times faster on photographs (nothing is decoded), but only finds identical files. Neither sees that two
-    different JPEG compressions show the same picture.
+    different JPEG compressions show the same picture. Transparent pixels count as white, whatever is stored under
+    them. A damaged file is hashed by its bytes; where there are none (a missing file, a row without an image), the
+    hash is an empty string, which is never taken for another's.
 
     Raises:
         DataError: When `of` is something else.
@@ -110,12 +116,10 @@ def content_hashes(dataset, indices: Sequence[int] | None = None, *, of: str = "
         for k, picture in zip(chunk, pictures, strict=True):
             digest = hashlib.blake2b(digest_size=16)
             if picture is None:  # encoded bytes asked for, or unreadable: then the file's bytes stand for it
-                item = raw[k]["image"]
-                if item["bytes"] is None:
-                    with open(item["path"], "rb") as file:
-                        digest.update(file.read())
-                else:
-                    digest.update(item["bytes"])
+                if (content := _file_content(raw[k]["image"])) is None:
+                    hashes.append("")
+                    continue
+                digest.update(content)
             else:
                 digest.update(repr(picture.size).encode())
                 digest.update(picture.tobytes())
@@ -123,13 +127,24 @@ def content_hashes(dataset, indices: Sequence[int] | None = None, *, of: str = "
     return hashes
 
 
+def _file_content(item: dict | None) -> bytes | None:
+    if item is None or item["bytes"] is not None:
+        return item and item["bytes"]
+    try:
+        with open(item["path"], "rb") as file:
+            return file.read()
+    except (OSError, TypeError, ValueError):  # a broken link, no permission, no path
+        return None
+
+
 def repeated(hashes: Sequence[str], *others: Sequence[str]) -> list[bool]:
     """Flags the images whose hash occurs more than once in `hashes`, or in one of `others` (the test set's).
 
-    Public data sets hold such images; kept out of validation (`split_search_val(avoid=…)`) they leak nothing.
+    Public data sets hold such images; kept out of validation (`split_search_val(avoid=…)`) they leak nothing. Images
+    without content (see `content_hashes`) are flagged as well.
     """
     counts = Counter(hashes)
-    elsewhere = set().union(*others)
+    elsewhere = {""}.union(*others)
     return [counts[h] > 1 or h in elsewhere for h in hashes]
 
 
@@ -158,7 +173,7 @@ def find_leaks(
 
     def pairs(a: dict, b: dict, same_data: bool = False) -> list[tuple[int, int]]:
         first = {h: i for i, h in reversed(b.items())}
-        return [(int(i), int(first[h])) for i, h in a.items() if h in first and not (same_data and i in b)]
+        return [(int(i), int(first[h])) for i, h in a.items() if h and h in first and not (same_data and i in b)]
 
     return {
         "index": [int(i) for i in both],
@@ -181,26 +196,65 @@ def check_leak(
     """
     leaks = find_leaks(dataset, train_indices, val_indices, test, of=of)
 
-    def some(items: list) -> str:
-        return ", ".join(map(str, items[:5])) + (", …" if len(items) > 5 else "")
-
     wrong = []
     if leaks["index"]:
-        wrong.append(f"{len(leaks['index'])} are also trained on (indices {some(leaks['index'])})")
+        wrong.append(f"{len(leaks['index'])} are also trained on (indices {some(leaks['index'], 5)})")
     if leaks["train_val"]:
         wrong.append(
-            f"{len(leaks['train_val'])} show a picture that is trained on (train, val: {some(leaks['train_val'])})"
+            f"{len(leaks['train_val'])} show a picture that is trained on (train, val: {some(leaks['train_val'], 5)})"
         )
     if leaks["val_test"]:
-        wrong.append(f"{len(leaks['val_test'])} show a picture of the test part (val, test: {some(leaks['val_test'])})")
+        wrong.append(
+            f"{len(leaks['val_test'])} show a picture of the test part (val, test: {some(leaks['val_test'], 5)})"
+        )
     if wrong:
         raise DataError(
             f"of {len(val_indices)} validation images " + "; ".join(wrong) + ". A search scored on them finds what was "
             "memorised: cut the validation set with split_search_val(avoid=repeated(…)), or allow the leak explicitly"
         )
     if leaks["train_test"]:
-        _logger.warning("%d training images show a picture of the test part", len(leaks["train_test"]))
+        shown, known = len(leaks["train_test"]), len({t for _, t in leaks["train_test"]})
+        points = f"{100 * known / len(test):.{0 if known >= 0.1 * len(test) else 1}f}"
+        _logger.warning(
+            "%d training image%s show%s a picture of the test part. They stay in training, so at least %d of the %d "
+            "test images can be answered from memory and the test score may be %s percentage points too high. Remove "
+            "them from the data for a score without them (train, test: %s)",
+            *(shown, "s" * (shown > 1), "s" * (shown == 1), known, len(test), points),
+            some(leaks["train_test"], 5),
+        )
     return leaks
+
+
+def split_record(dataset, train_indices: Sequence[int], val_indices: Sequence[int]) -> dict[str, Any]:
+    """What a run keeps of how its training part was cut, JSON-plain; `read_split` checks and takes it back."""
+    train, val = ([int(i) for i in part] for part in (train_indices, val_indices))
+    return {"data": _data_digest(dataset), "train": train, "val": val, "digest": _index_digest(train, val)}
+
+
+def read_split(record: Any, dataset, where: str = "data.json") -> tuple[list[int], list[int]]:
+    """The indices to train on and to validate on from a `split_record` that was read from a file.
+
+    Args:
+        record: What the file holds.
+        dataset: The training part that it must fit.
+        where: The file's name, for messages.
+
+    Raises:
+        DataError: The record is damaged, or was made for other data.
+    """
+    try:
+        train, val, digest, data = (record[k] for k in ("train", "val", "digest", "data"))
+        good = all(type(i) is int for i in (*train, *val)) and digest == _index_digest(train, val)
+    except (KeyError, TypeError, IndexError):
+        good = False
+    if not good:
+        raise DataError(f"{where} is damaged; remove the run's folder and start the run again")
+    if data != _data_digest(dataset) or sorted(train + val) != list(range(len(dataset))):
+        raise DataError(
+            f"{where} was written for other data than the {len(dataset)} training images of now: other images, classes "
+            f"or order. Give this run another --name, or bring the data back"
+        )
+    return train, val
 
 
 def training_record(dataset, val_indices: Sequence[int], hashes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -212,25 +266,36 @@ def training_record(dataset, val_indices: Sequence[int], hashes: Sequence[str] |
         hashes: `content_hashes` of all of its images, where they were computed.
     """
     val = set(val_indices)
-    kept = None if hashes is None else sorted({h[:16] for i, h in enumerate(hashes) if i not in val})
+    kept = None if hashes is None else sorted({h[:16] for i, h in enumerate(hashes) if h and i not in val})
     return {"labels": _digest(dataset), "val": sorted(val), "hashes": kept}
 
 
-def trained_on(record: Mapping[str, Any], dataset, hashes: Sequence[str] | None = None) -> list[bool]:
+def trained_on(
+    record: Mapping[str, Any], dataset, hashes: Sequence[str] | None = None, where: str = "training_data.json"
+) -> list[bool]:
     """Flags the images of a data set that a model with this `training_record` was trained on.
 
     By index where the labels are those of the data that the record was made of, and by content where both sides have
     hashes.
 
+    Args:
+        record: What a file of the model holds.
+        dataset: The images asked about.
+        hashes: Their `content_hashes`, where these were computed.
+        where: The record's file, for messages.
+
     Raises:
         DataError: The record is damaged.
     """
-    try:
-        labels, val, known = record["labels"], {int(i) for i in record["val"]}, record["hashes"]
-        known = set() if known is None else {str(h) for h in known}
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"the record of what was trained on is damaged: {type(e).__name__} {e}") from None
+    fields = dict(record) if isinstance(record, Mapping) else {}
+    labels, val, known = (fields.get(k, ...) for k in ("labels", "val", "hashes"))
+    plain = isinstance(labels, str) and isinstance(val, list) and all(type(i) is int and i >= 0 for i in val)
+    if not plain or not (known is None or isinstance(known, list) and all(isinstance(h, str) for h in known)):
+        raise DataError(f"{where}, the record of what the model was trained on, is damaged")
+    val, known = set(val), set(known or ())
     same = labels == _digest(dataset)
+    if same and val and max(val) >= len(dataset):
+        raise DataError(f"{where} names image {max(val)} of a data set of {len(dataset)}; it is damaged")
     flags = [same and i not in val for i in range(len(dataset))]
     return [f or h[:16] in known for f, h in zip(flags, hashes, strict=True)] if hashes is not None else flags
 
@@ -238,3 +303,12 @@ def trained_on(record: Mapping[str, Any], dataset, hashes: Sequence[str] | None 
 def _digest(dataset) -> str:
     labels = np.asarray(dataset["label"][:], dtype=np.int64)
     return hashlib.blake2b(labels.tobytes(), digest_size=16).hexdigest()
+
+
+def _data_digest(dataset) -> str:
+    names = json.dumps(dataset.features["label"].names)
+    return hashlib.blake2b((_digest(dataset) + names).encode(), digest_size=16).hexdigest()
+
+
+def _index_digest(train: list[int], val: list[int]) -> str:
+    return hashlib.blake2b(json.dumps([train, val]).encode(), digest_size=16).hexdigest()

@@ -44,8 +44,8 @@ def stream_loader(
     divides the lanes (each reads only its lanes), and after any resume. To skip steps, what came before is read again
     but not decoded.
 
-    An epoch is `num_images // batch_size` steps. Where shards differ in size, lanes do, too: one that runs out begins
-    anew, and the end of a long one's last shard is not seen in that epoch. The next epoch deals otherwise, if lanes
+    An epoch is `num_images // batch_size` steps. Where shards differ in size, lanes do, too: one that runs out starts
+    again, and the end of a long one's last shard is not seen in that epoch. The next epoch deals otherwise, if lanes
     have several shards each; with one each, give all of them the same size. Images of one class that lie together in
     large files are mixed only as far as lanes and buffer reach.
 
@@ -74,7 +74,9 @@ def stream_loader(
     if not 0 < lanes <= dataset.num_shards:
         raise DataError(f"lanes must lie between 1 and the stream's {dataset.num_shards} shards, got {lanes}")
     if batch_size < 1 or batch_size % lanes:
-        raise DataError(f"batch_size counts all processes: {batch_size} is no positive multiple of the {lanes} lanes")
+        raise DataError(
+            f"batch_size counts all processes: {batch_size} is not a positive multiple of the {lanes} lanes"
+        )
     if lanes % world:
         raise DataError(
             f"{world} processes cannot share {lanes} lane{'s' * (lanes > 1)} of a stream with {dataset.num_shards} "
@@ -90,7 +92,7 @@ def stream_loader(
         raise DataError(f"buffer_size must be at least the number of lanes, {lanes}; got {buffer_size}")
     device = _accelerator(device)
     late = device is not None and transform.erasing is None
-    items = _Items(transform.mode, shrink, num_images, max_corrupt)
+    items = _Items(transform.mode, shrink, transform.background, num_images, max_corrupt)
     samples = _StreamSamples(items, transform, seed, late=late)
     steps = _StreamSteps(dataset, num_images // batch_size, batch_size // lanes, lanes, buffer_size // lanes, seed)
     steps.mine = range(rank * lanes // world, (rank + 1) * lanes // world)
@@ -155,7 +157,7 @@ class _StreamSteps:
             empty = True
             for shard in shards:
                 part = self.dataset.shard(num_shards=self.dataset.num_shards, index=int(shard))
-                for table in part.iter(batch_size=_READ):
+                for table in self._tables(part, int(shard)):
                     empty = empty and not len(table)
                     if skip >= len(table):
                         skip -= len(table)
@@ -169,12 +171,21 @@ class _StreamSteps:
             if empty:
                 raise DataError(f"{len(shards)} of the stream's {self.dataset.num_shards} shards hold no image")
 
+    def _tables(self, part, shard: int) -> Iterator:
+        try:
+            yield from part.iter(batch_size=_READ)
+        except Exception as error:  # the readers below `datasets` raise nearly anything on damaged files
+            first = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+            count = self.dataset.num_shards
+            raise DataError(f"file {shard + 1} of the stream's {count} cannot be read: {first}") from error
+
 
 class _Items(Images):
     """The images of one batch, by their positions in the stream."""
 
-    def __init__(self, mode: str, shrink: int | None, num_images: int, max_corrupt: float):
+    def __init__(self, mode: str, shrink: int | None, background: str, num_images: int, max_corrupt: float):
         self.mode, self.shrink, self.transform, self.max_corrupt = mode, shrink, None, max_corrupt
+        self.background = background
         self.corrupt: dict[int, str] = {}
         self._cache, self._size = None, num_images
         self.hold([])
@@ -189,7 +200,7 @@ class _Items(Images):
     def pil(self, indices) -> list[Image.Image | None]:
         # an image has another position in each epoch; unreadable ones are counted by their content
         items = [self._held[int(i)] for i in indices]
-        names = [zlib.crc32(item["bytes"] or (item["path"] or "").encode()) for item in items]
+        names = [zlib.crc32((item and (item["bytes"] or (item["path"] or "").encode())) or b"") for item in items]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `Images`
             return [self._decode(name, item) for name, item in zip(names, items, strict=True)]

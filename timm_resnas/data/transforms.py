@@ -9,17 +9,21 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.auto_augment import posterize
 from timm.data.random_erasing import RandomErasing
 
-from .images import DataError, Images, first_rows
+from .images import WHITE, DataError, Images, first_rows, parse_background
 
 __all__ = [
     "ImageTransform",
     "ShiftTransform",
+    "adapt_channels",
     "channel_stats",
     "default_augment",
     "default_data_config",
     "eval_transform",
     "train_transform",
 ]
+
+
+_GREY = (0.299, 0.587, 0.114)
 
 
 class ImageTransform:
@@ -30,7 +34,8 @@ class ImageTransform:
 
     Args:
         data_config: As `timm.data.resolve_data_config` returns it: input_size (C, H, W), interpolation, mean, std,
-            crop_pct, crop_mode.
+            crop_pct, crop_mode; and `background`, the colour behind transparent pixels (default white), which the
+            loaders paint before this transform.
         transform: PIL -> uint8 tensor.
         erasing: Applied to each normalised image [C, H, W], in place.
     """
@@ -38,12 +43,14 @@ class ImageTransform:
     def __init__(self, data_config: dict, transform, erasing=None):
         self.data_config = data_config
         self.input_size = tuple(data_config["input_size"])
+        self.background = parse_background(data_config.get("background", WHITE))
         self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0])
         if self.mode is None:
             raise DataError(f"models with {self.input_size[0]} input channels have no image data; use 3, or 1 for grey")
         if not len(data_config["mean"]) == len(data_config["std"]) == self.input_size[0]:
             raise DataError(
-                f"mean and std need {self.input_size[0]} numbers each, got {data_config['mean']}, {data_config['std']}"
+                f"mean and std need {self.input_size[0]} numbers each, got {data_config['mean']}, {data_config['std']} "
+                "(--mean, --std)"
             )
         self.transform = transform
         self.erasing = erasing
@@ -190,8 +197,36 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, max(1, bits_to_keep))
 
 
+def adapt_channels(data_config: dict, in_chans: int) -> dict:
+    """A copy of a `data_config` with mean and std for 1 or 3 channels, where they are for 3 or 1.
+
+    Grey is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as Pillow converts), and so is its mean. Its std is taken with
+    the same weights, which is exact where channels vary together, as they nearly do in photographs. Colour from grey
+    repeats the one number.
+
+    Raises:
+        DataError: For other numbers of channels.
+    """
+    out = {**data_config, "input_size": [in_chans, *data_config["input_size"][1:]]}
+    for name in ("mean", "std"):
+        values = [float(v) for v in data_config[name]]
+        if (len(values), in_chans) == (3, 1):
+            values = [round(sum(w * v for w, v in zip(_GREY, values, strict=True)), 4)]
+        elif (len(values), in_chans) == (1, 3):
+            values = values * 3
+        if len(values) != in_chans:
+            raise DataError(f"{name} has {len(values)} numbers, the model {in_chans} input channels; give --{name}")
+        out[name] = values
+    return out
+
+
 def channel_stats(
-    dataset, indices: Sequence[int] | None = None, *, in_chans: int = 3, limit: int = 2000
+    dataset,
+    indices: Sequence[int] | None = None,
+    *,
+    in_chans: int = 3,
+    limit: int = 2000,
+    background: str = WHITE,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel (values 0 to 1) over the pixels of evenly spaced images; of the first
     ones of a stream.
@@ -203,6 +238,7 @@ def channel_stats(
         indices: Which images; default all.
         in_chans: 3, or 1 for grey.
         limit: At most so many images are read.
+        background: Colour behind transparent pixels.
 
     Raises:
         DataError: When no image can be read.
@@ -213,7 +249,14 @@ def channel_stats(
     if len(indices) > limit:
         indices = indices[np.linspace(0, len(indices) - 1, limit).astype(int)]
     mode = "RGB" if in_chans == 3 else "L"
-    images = Images(dataset.select(indices.tolist()), mode=mode, cache_limit=0, shrink=256, max_corrupt=1.0)
+    images = Images(
+        dataset.select(indices.tolist()),
+        mode=mode,
+        cache_limit=0,
+        shrink=256,
+        background=background,
+        max_corrupt=1.0,
+    )
     moments = []
     for start in range(0, len(images), 256):
         for image in images.pil(range(start, min(start + 256, len(images)))):
@@ -233,7 +276,8 @@ def default_data_config(
     """A `data_config` for a model trained on `splits` from scratch: JSON-plain, as timm names its entries.
 
     Small grey sets (digits, Fashion-MNIST) are used whole (crop_pct 1) and normalised by their own statistics;
-    photographs get timm's defaults (crop_pct 0.875, ImageNet's mean and std). To continue from a trained model use
+    photographs get timm's defaults (crop_pct 0.875, ImageNet's mean and std; their own for one channel). A
+    `background` other than white is an entry as well. To continue from a trained model use
     `timm.data.resolve_model_data_config(model)` instead.
 
     Args:
@@ -249,9 +293,9 @@ def default_data_config(
     if mean is None or std is None:
         stats = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         if whole or in_chans == 1:
-            stats = channel_stats(splits.train, indices, in_chans=in_chans)
+            stats = channel_stats(splits.train, indices, in_chans=in_chans, background=splits.background)
         mean, std = stats[0] if mean is None else mean, stats[1] if std is None else std
-    return {
+    config = {
         "input_size": [in_chans, *size],
         "interpolation": "bicubic",
         "mean": list(mean),
@@ -259,6 +303,8 @@ def default_data_config(
         "crop_pct": 1.0 if whole else 0.875,
         "crop_mode": "center",
     }
+    # timm's configurations have no such entry; it appears where the user chose a colour
+    return config if splits.background == WHITE else {**config, "background": splits.background}
 
 
 def default_augment(splits, img_size: int | tuple[int, int]) -> dict:

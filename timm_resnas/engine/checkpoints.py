@@ -14,7 +14,7 @@ from torch import nn
 
 from .run import Run, RunError, atomic_write
 
-__all__ = ["Checkpoints", "check_weights", "diverged"]
+__all__ = ["Checkpoints", "check_weights", "diverged", "sha256"]
 
 
 def diverged(what: str, step: int) -> str:
@@ -30,7 +30,8 @@ def check_weights(net: nn.Module, step: int) -> None:
         raise RunError(diverged("weights are not finite", step))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Digest of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
 
@@ -61,7 +62,7 @@ class Checkpoints:
         with atomic_write(path) as fresh:
             torch.save({**state, "step": step}, fresh)
             with atomic_write(path.with_suffix(".sha256")) as digest:
-                digest.write_text(_sha256(fresh))
+                digest.write_text(sha256(fresh))
         for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
             old.unlink()
             old.with_suffix(".sha256").unlink(missing_ok=True)
@@ -92,7 +93,7 @@ class Checkpoints:
                 is cut short.
         """
         digest = path.with_suffix(".sha256")
-        if not digest.is_file() or digest.read_text().strip() != _sha256(path):
+        if not digest.is_file() or digest.read_text().strip() != sha256(path):
             raise ValueError("its digest is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if path.name != f"step-{state['step']:09}.pt":

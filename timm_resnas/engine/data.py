@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data import Splits, check_leak, content_hashes, default_augment, repeated, split_search_val, trained_on
+from ..data import (
+    Splits,
+    check_leak,
+    content_hashes,
+    default_augment,
+    load_splits,
+    repeated,
+    split_search_val,
+    trained_on,
+)
 from .run import RunError
-from .settings import AugmentOptions
+from .settings import AugmentOptions, DataOptions
 
-__all__ = ["HASHED_IMAGES", "augmentation", "cut_validation", "image_pair"]
+__all__ = ["HASHED_IMAGES", "augmentation", "cut_validation", "image_pair", "open_splits"]
 
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
@@ -70,3 +79,12 @@ def cut_validation(
     if small:
         check_leak(splits.train, train, val, splits.test)
     return train, val
+
+
+def open_splits(options: DataOptions, **given: Any) -> Splits:
+    """The data set that the options name.
+
+    Raises:
+        ValueError: It cannot be opened; the message says what would be right.
+    """
+    return load_splits(options.dataset, **given)

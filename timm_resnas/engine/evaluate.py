@@ -15,9 +15,20 @@ from accelerate import Accelerator
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
+from ..data import Splits
+from .data import open_splits
 from .run import RunError
+from .settings import EvaluateOptions
 
-__all__ = ["class_names_of", "evaluate", "format_scores", "match_classes", "read_real_labels", "read_valid_labels"]
+__all__ = [
+    "class_names_of",
+    "evaluate",
+    "format_scores",
+    "match_classes",
+    "open_split",
+    "read_real_labels",
+    "read_valid_labels",
+]
 
 
 BINS = 15
@@ -192,3 +203,12 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
     if unknown:
         raise RunError(f"--real-labels know images by names such as {next(iter(labels))}; found {unknown[0]!r}")
     return [labels[f] for f in files]
+
+
+def open_split(options: EvaluateOptions) -> tuple[Splits, Any]:
+    """The data set and the part of it that is asked for."""
+    if options.split in ("train", "test"):
+        splits = open_splits(options)
+        return splits, getattr(splits, options.split)
+    splits = open_splits(options, test_split=options.split)
+    return splits, splits.test

@@ -36,8 +36,6 @@ def start(options: Any) -> Accelerator:
         log_with=log_with,
         project_dir=getattr(options, "output", "."),
     )
-        cpu=options.cpu, mixed_precision=options.amp, log_with=log_with, project_dir=getattr(options, "output", ".")
-    )
     if accelerator.num_processes != asked and accelerator.is_main_process:
         print(
             f"note: {asked} processes were asked for, this run has {accelerator.num_processes}. On a CPU, several need "

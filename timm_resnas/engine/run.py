@@ -145,7 +145,7 @@ class Run:
         path = self.folder / "config.yaml"
         self.resumed = path.exists()
         if self.resumed:
-            old = self._read_config(path)
+            old = self.read_config(path)
             fixed = fixed_options(options)
             changed = [k for k, v in fixed.items() if k in old and old[k] != v]
             if changed:
@@ -158,7 +158,12 @@ class Run:
         accelerator.wait_for_everyone()
 
     @staticmethod
-    def _read_config(path: Path) -> dict[str, Any]:
+    def read_config(path: Path) -> dict[str, Any]:
+        """Options of a run's config.yaml.
+
+        Raises:
+            RunError: It is damaged.
+        """
         try:
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError):

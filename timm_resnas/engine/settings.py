@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from .options import option
 
-__all__ = ["EvaluateOptions", "LatencyOptions", "SearchOptions", "SupernetOptions", "TrainOptions"]
+__all__ = [
+    "ConvertOptions",
+    "EvaluateOptions",
+    "LatencyOptions",
+    "PublishOptions",
+    "SearchOptions",
+    "SupernetOptions",
+    "TrainOptions",
+]
 
 DATASETS = "digits, fashion-mnist:<dir>, imagefolder:<dir> or hf:<id or folder>"
 PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp")
@@ -342,3 +350,44 @@ class LatencyOptions:
     calibration: int = option(8, "networks that the table's line is fitted on", range=NOT_NEGATIVE)
     verify: int = option(30, "networks to compare with the prediction; 0: none", range=NOT_NEGATIVE)
     seed: int = option(0, "decides the random networks", range=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """publishing"""
+
+    run: str = option(None, "folder of a finished run, or of a model", positional=True)
+    repo: str | None = option(None, "repository; made if need be", metavar="OWNER/NAME", basic=True)
+    revision: str | None = option(None, "branch of the repository (default: main)", metavar="BRANCH", basic=True)
+    front: str = option("no", "publish pareto/, and how", choices=("no", "revisions", "repositories"), basic=True)
+    supernet: bool = option(False, "publish supernet/ as OWNER/NAME-supernet", basic=True)
+    private: bool = option(False, "make private repositories", basic=True)
+    pull_request: bool = option(False, "open a pull request instead of committing")
+    tag: str | None = option(None, "git tag for the commits")
+    tags: list[str] = option([], "tags of the model card", metavar="TAG", nargs="*")
+    license: str | None = option(
+        None, "licence of the weights, as the Hub knows it: apache-2.0, …", metavar="ID", basic=True
+    )
+    text: str | None = option(None, "a paragraph of yours for the card", basic=True)
+    token: str | None = option(None, "access token (default: that of `hf auth login` or HF_TOKEN)")
+    overwrite: bool = option(False, "commit to a repository that holds something else", basic=True)
+    dry_run: bool = option(False, "send nothing, print what would be sent", basic=True)
+
+
+CHECKPOINT_WRAPPERS = ("model_ema", "state_dict_ema", "model", "state_dict")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """conversion"""
+
+    checkpoint: str = option(None, "the authors' file", positional=True)
+    model: str | None = option(None, "architecture, as timm names it", metavar="NAME", basic=True)
+    model_args: str = option("{}", "arguments of the architecture", metavar="JSON", basic=True)
+    license: str | None = option(None, "licence of the weights: cc-by-nc-4.0, mit, …", metavar="ID", basic=True)
+    source: str | None = option(None, "where the file is from", metavar="URL", basic=True)
+    output: str | None = option(None, "folder (default: beside the file, by its name)", metavar="DIR", basic=True)
+    weights: str | None = option(
+        None, "which weights of the file (default: averaged, if any)", choices=CHECKPOINT_WRAPPERS, basic=True
+    )
+    reference: str | None = option(None, "input and logits from the authors' code", metavar="FILE", basic=True)

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention, DropPath, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import Attention, DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, cait, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-__all__ = ["CaitStudy", "cait_cost", "layer_scale_init"]
+from .grid import checkpoint_grid
+
+__all__ = ["CaitStudy", "layer_scale_init"]
+
+torch.fx.wrap("resample_abs_pos_embed")  # a leaf of fx graphs also where another module's forward calls it
 
 _RESIDUALS = ("layer_scale", "rezero", "skip_init", "fixup", "none")
 
@@ -59,11 +63,22 @@ def _set_residual(block: nn.Module, residual: str, pre_norm: bool) -> None:
 
 
 class Cait(cait.Cait):
-    """timm's CaiT, plus `init_weights` (for models built on the meta device) and `set_input_size`."""
+    """timm's CaiT, plus `init_weights` (for models built on the meta device), `set_input_size` and `dynamic_img_size`.
 
-    def __init__(self, *args, init_values: float = 1e-4, **kwargs):
+    Args (others as timm's Cait):
+        dynamic_img_size: Take images of any size that `patch_size` divides; the position embedding is resampled in each
+            forward pass, with the output that `set_input_size` would give.
+    """
+
+    dynamic_img_size: torch.jit.Final[bool]
+
+    def __init__(self, *args, init_values: float = 1e-4, dynamic_img_size: bool = False, **kwargs):
+        if dynamic_img_size:
+            kwargs["patch_layer"] = partial(kwargs.get("patch_layer", PatchEmbed), strict_img_size=False)
         super().__init__(*args, init_values=init_values, **kwargs)
         self.init_values = init_values
+        self.dynamic_img_size = dynamic_img_size
+        self.class_token_layer = -1
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -80,16 +95,98 @@ class Cait(cait.Cait):
                 nn.init.constant_(parameter, self.init_values)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resample the position embedding for another image size."""
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Resample the position embedding for another image size, the patch embedding for another patch size.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: int or (height, width); None keeps the size.
+        """
         old_size = list(self.patch_embed.grid_size)
-        self.patch_embed.set_input_size(img_size=to_2tuple(img_size))
-        with torch.no_grad():
+        img_size = self.patch_embed.img_size if img_size is None else tuple(to_2tuple(img_size))
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        new_size = list(self.patch_embed.grid_size)
+        if new_size != old_size:
+            with torch.no_grad():
+                pos_embed = resample_abs_pos_embed(self.pos_embed, new_size, old_size=old_size, num_prefix_tokens=0)
+            self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        update_model_input_size(self, img_size, patch_size=patch_size)
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches `[B, N, C]` with their position embedding."""
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            height, width = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
             pos_embed = resample_abs_pos_embed(
-                self.pos_embed, list(self.patch_embed.grid_size), old_size=old_size, num_prefix_tokens=0
+                pos_embed, [height, width], old_size=self.patch_embed.grid_size, num_prefix_tokens=0
             )
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
-        update_model_input_size(self, to_2tuple(img_size))
+        return self.pos_drop(self.patch_embed(x) + pos_embed)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normed tokens `[B, N, C]`, the class token first if there is one."""
+        x = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            if i == self.class_token_layer and self.cls_token is not None:
+                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        if self.blocks_token_only is not None:
+            x = self.forward_cls(x)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return patch tokens of the self-attention blocks, as timm's Cait; a class token is left out of them.
+
+        Args:
+            x: images `[B, in_chans, H, W]`.
+            indices: last n blocks if int, all if None, the listed ones if a sequence.
+            norm: apply the final norm to them.
+            stop_early: stop after the last wanted block.
+            output_fmt: 'NCHW' or 'NLC'.
+            intermediates_only: return only the list.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: 'NCHW' or 'NLC'.")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        B, _, height, width = x.shape
+        x = self._embed(x)
+        intermediates: list[torch.Tensor] = []
+        blocks = self.blocks
+        if not torch.jit.is_scripting() and stop_early:
+            blocks = self.blocks[: max_index + 1]
+        prefix = 0
+        for i, block in enumerate(blocks):
+            if i == self.class_token_layer and self.cls_token is not None:
+                x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
+                prefix = 1
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+            if i in take_indices:
+                intermediates.append((self.norm(x) if norm else x)[:, prefix:])
+        if output_fmt == "NCHW":
+            H, W = self.patch_embed.dynamic_feat_size((height, width))
+            intermediates = [y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        if intermediates_only:
+            return intermediates
+        if self.blocks_token_only is not None:
+            x = self.forward_cls(x)
+        return self.norm(x), intermediates
 
 
 class CaitStudy(Cait):
@@ -205,68 +302,6 @@ class CaitStudy(Cait):
         if self.residual == "fixup":
             self._init_fixup()
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normed tokens `[B, N, C]`, the class token first if there is one."""
-        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
-        for i, block in enumerate(self.blocks):
-            if i == self.class_token_layer and self.cls_token is not None:
-                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-        if self.blocks_token_only is not None:
-            x = self.forward_cls(x)
-        return self.norm(x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return patch tokens of the self-attention blocks, as timm's Cait; a class token is left out of them.
-
-        Args:
-            x: images `[B, in_chans, H, W]`.
-            indices: last n blocks if int, all if None, the listed ones if a sequence.
-            norm: apply the final norm to them.
-            stop_early: stop after the last wanted block.
-            output_fmt: 'NCHW' or 'NLC'.
-            intermediates_only: return only the list.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: 'NCHW' or 'NLC'.")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        B, _, height, width = x.shape
-        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
-        intermediates: list[torch.Tensor] = []
-        blocks = self.blocks
-        if not torch.jit.is_scripting() and stop_early:
-            blocks = self.blocks[: max_index + 1]
-        prefix = 0
-        for i, block in enumerate(blocks):
-            if i == self.class_token_layer and self.cls_token is not None:
-                x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
-                prefix = 1
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-            if i in take_indices:
-                intermediates.append((self.norm(x) if norm else x)[:, prefix:])
-        if output_fmt == "NCHW":
-            H, W = self.patch_embed.dynamic_feat_size((height, width))
-            intermediates = [y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
-        if intermediates_only:
-            return intermediates
-        if self.blocks_token_only is not None:
-            x = self.forward_cls(x)
-        return self.norm(x), intermediates
-
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -281,50 +316,12 @@ class CaitStudy(Cait):
         return take_indices
 
 
-def cait_cost(
-    *,
-    img_size: int | Sequence[int] = 224,
-    patch_size: int = 16,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    embed_dim: int = 192,
-    depth: int = 12,
-    num_heads: int = 4,
-    mlp_ratio: float = 4.0,
-    residual: str = "layer_scale",
-    class_token: bool = True,
-    class_token_layer: int | None = None,
-    depth_token_only: int | None = None,
-    talking_heads: bool = True,
-) -> dict[str, int]:
-    """Return 'macs' of one image and 'params' of a model without building it (arguments as for `cait_study`).
-
-    MACs are those of convolutions, linear layers (the mixing of the heads too) and both attention products.
-    """
-    height, width = to_2tuple(img_size)
-    patches = (height // patch_size) * (width // patch_size)
-    dim, hidden = embed_dim, int(embed_dim * mlp_ratio)
-    late = class_token and class_token_layer is None
-    if depth_token_only is None:
-        depth_token_only = 2 if late else 0
-    token_hidden = 4 * dim
-    scales = {"layer_scale": 2 * dim, "none": 0}.get(residual, 2)
-    mixing = num_heads * num_heads if talking_heads else 0
-
-    macs = in_chans * patch_size**2 * dim * patches + dim * num_classes
-    params = (in_chans * patch_size**2 + 1) * dim + dim * (patches + class_token) + 2 * dim + (dim + 1) * num_classes
-    for i in range(depth):
-        tokens = patches + (class_token_layer is not None and i >= class_token_layer)
-        macs += (4 * dim * dim + 2 * dim * hidden) * tokens + 2 * (dim + mixing) * tokens**2
-    mixing_params = 2 * (num_heads + 1) * num_heads if talking_heads else 0
-    params += depth * (4 * (dim + 1) * dim + 2 * dim * hidden + hidden + dim + 4 * dim + scales + mixing_params)
-    macs += depth_token_only * (2 * dim * dim * (patches + 2) + 2 * dim * (patches + 1) + 2 * dim * token_hidden)
-    params += depth_token_only * (4 * (dim + 1) * dim + 2 * dim * token_hidden + token_hidden + dim + 4 * dim + scales)
-    return dict(macs=macs, params=params)
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Cait) -> dict[str, torch.Tensor]:
-    """Unwrap a released checkpoint, resample its position embedding, leave out a class token that the model lacks."""
+    """Unwrap a released checkpoint, resample its position embedding, leave out a class token that the model lacks.
+
+    Raises:
+        ValueError: Nothing says for what grid the position embedding was made, see `checkpoint_grid`.
+    """
     state_dict = state_dict.get("model", state_dict)
     out = {}
     for k, v in state_dict.items():
@@ -333,8 +330,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Cait) -> dict[str, t
             continue
         if k.startswith("blocks_token_only.") and model.blocks_token_only is None:
             continue
-        if k == "pos_embed" and v.shape != model.pos_embed.shape:
-            v = resample_abs_pos_embed(v, list(model.patch_embed.grid_size), num_prefix_tokens=0)
+        if k == "pos_embed":
+            new_size = model.patch_embed.grid_size
+            old_size = checkpoint_grid(model, v.shape[1], model.patch_embed.patch_size, new_size)
+            v = resample_abs_pos_embed(v, list(new_size), old_size=list(old_size), num_prefix_tokens=0)
         out[k] = v
     return out
 
@@ -365,6 +364,7 @@ def _cfg(img_size: int = 224, **kwargs) -> dict[str, Any]:
         "classifier": "head",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2103.17239",
+        "paper_name": "Going deeper with Image Transformers",
         "origin_url": "https://github.com/facebookresearch/deit",
         **kwargs,
     }

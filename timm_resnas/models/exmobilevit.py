@@ -349,6 +349,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2309.01310",
+        "paper_name": "ExMobileViT: Lightweight Classifier Extension for Mobile Vision Transformer",
         "origin_url": "https://github.com/EmPasLab/ExMobileVIT",
         **kwargs,
     }

@@ -4,7 +4,7 @@ Paper: `Sliced Recursive Transformer` - https://arxiv.org/abs/2111.05297 (ECCV 2
 Origin: https://github.com/szq0214/SReT
 
 A three-stage pyramid in which every transformer block is applied several times in a row with the same weights
-(recursion). A small MLP of its own weights (non-linear projection layer, NLL) follows every application, every
+(recursion). A small MLP with separate weights (non-linear projection layer, NLL) follows every application, every
 residual sum is weighted by learnable scalars, and attention runs inside groups of tokens (slices): contiguous runs in
 the first pass, randomly permuted tokens in the second.
 
@@ -25,326 +25,26 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClNormMlpClassifierHead,
-    DropPath,
-    LayerNorm,
-    LayerNorm2d,
-    Mlp,
-    NormMlpClassifierHead,
-    get_device_dtype,
-    to_2tuple,
-    trunc_normal_,
-    use_fused_attn,
-)
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-    register_notrace_module,
-)
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, get_device_dtype, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import update_model_args, update_model_input_size
 from torch import nn
 
-__all__ = ["SReT", "sret_cost", "sret_deep_args"]
+from .sret_layers import (
+    EVAL_PERMUTATIONS,
+    NORM,
+    RESIDUALS,
+    GroupAttention,
+    PatchEmbed,
+    RecursiveBlock,
+    Stage,
+    TokenHead,
+    resample_pos_embed,
+)
 
-_NORM = partial(LayerNorm, eps=1e-6)
-_RESIDUALS = ("both", "identity", "branch", "none")
-_EVAL_PERMUTATIONS = ("fixed", "identity", "random")
-
-
-def fixed_permutation(num_tokens: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Return a pseudo-random permutation of `num_tokens` indices, the same on every device and in every version.
-
-    The indices are sorted by a hash (the finaliser of MurmurHash3, a bijection on 32 bits, so no ties).
-    """
-    mask = 0xFFFFFFFF
-    x = (torch.arange(num_tokens, device=device) + (seed + 1) * 0x9E3779B1) & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    return (x ^ (x >> 16)).argsort()
-
-
-@register_notrace_function
-def resample_pos_embed(pos_embed: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resample a `[1, C, H, W]` position embedding to another grid (bicubic, antialiased)."""
-    if pos_embed.shape[2] == height and pos_embed.shape[3] == width:
-        return pos_embed
-    resampled = F.interpolate(pos_embed.float(), size=(height, width), mode="bicubic", antialias=True)
-    return resampled.to(pos_embed.dtype)
-
-
-class WeightedSum(nn.Module):
-    """Residual sum `identity * x + branch * y` with learnable scalars (paper: learnable residual connection)."""
-
-    def __init__(self, residual: str = "both", device=None, dtype=None):
-        super().__init__()
-        one = partial(torch.ones, 1, device=device, dtype=dtype)
-        self.identity = nn.Parameter(one()) if residual in ("both", "identity") else None
-        self.branch = nn.Parameter(one()) if residual in ("both", "branch") else None
-
-    def reset_parameters(self) -> None:
-        for p in self.parameters():
-            nn.init.ones_(p)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if self.identity is not None:
-            x = x * self.identity
-        if self.branch is not None:
-            return torch.addcmul(x, y, self.branch)
-        return x + y
-
-
-@register_notrace_module
-class GroupAttention(nn.Module):
-    """Multi-head self-attention inside groups of tokens, for one of several passes that share the weights.
-
-    Args:
-        num_tokens: patch tokens at the model's own image size.
-        groups: groups of each pass.
-        permute: whether a pass permutes the tokens before it groups them; without effect at one group.
-        num_prefix_tokens: 1 with a class token, which attends to all tokens and is a key in every group.
-        eval_permutation: 'fixed', 'identity' or 'random'; training always draws at random (torch's global generator).
-        seed: seeds the fixed permutations.
-    """
-
-    fused_attn: torch.jit.Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_tokens: int,
-        groups: Sequence[int],
-        permute: Sequence[bool],
-        num_prefix_tokens: int = 0,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        eval_permutation: str = "fixed",
-        seed: int = 0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5
-        self.groups = list(groups)
-        self.permute = [p and g > 1 for p, g in zip(permute, groups, strict=True)]
-        self.num_prefix_tokens = num_prefix_tokens
-        self.eval_permutation = eval_permutation
-        self.seed = seed
-        self.fused_attn = use_fused_attn()
-
-        self.qkv = nn.Linear(dim, dim * 3, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("perm", self._fixed_permutations(num_tokens, device), persistent=False)
-
-    def _fixed_permutations(self, num_tokens: int, device=None) -> torch.Tensor | None:
-        if not any(self.permute):
-            return None
-        return torch.stack([fixed_permutation(num_tokens, self.seed + i, device) for i in range(len(self.permute))])
-
-    @torch.jit.ignore
-    def init_permutations(self, num_tokens: int | None = None) -> None:
-        """Fill the buffer of fixed permutations again, for `num_tokens` tokens if given."""
-        if self.perm is not None:
-            self.perm = self._fixed_permutations(num_tokens or self.perm.shape[1], self.perm.device)
-
-    def permutation(self, num_tokens: int, index: int, device: torch.device) -> torch.Tensor | None:
-        """Return the permutation `[num_tokens]` of pass `index`, or None for none."""
-        if self.perm is not None:
-            if self.permute[index]:
-                if self.training or self.eval_permutation == "random":
-                    return torch.randperm(num_tokens, device=device)
-                if self.eval_permutation == "fixed":
-                    if self.perm.shape[1] == num_tokens:
-                        return self.perm[index]
-                    return fixed_permutation(num_tokens, self.seed + index, device)
-        return None
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of `[B, N, C]` queries over `[B, M, C]` keys and values."""
-        B, N, C = q.shape
-        q = q.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = k.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        v = v.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            attn = self.attn_drop(attn.softmax(dim=-1))
-            x = attn @ v
-        return x.transpose(1, 2).reshape(B, N, C)
-
-    def attend_groups(self, qkv: torch.Tensor, prefix: torch.Tensor | None, num_groups: int) -> torch.Tensor:
-        """Attention of tokens `[B, groups * n, 3C]` inside contiguous groups, with prefix keys `[B, 1, 3C]` in each."""
-        B, N, C3 = qkv.shape
-        q, k, v = qkv.reshape(B * num_groups, N // num_groups, C3).chunk(3, dim=-1)
-        if prefix is not None:
-            _, pk, pv = prefix.repeat_interleave(num_groups, dim=0).chunk(3, dim=-1)
-            k, v = torch.cat([pk, k], dim=1), torch.cat([pv, v], dim=1)
-        return self.attend(q, k, v).reshape(B, N, C3 // 3)
-
-    def forward(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
-        P = self.num_prefix_tokens
-        num_tokens = x.shape[1] - P
-        size = (num_tokens + self.groups[index] - 1) // self.groups[index]
-        num_groups = num_tokens // size
-        perm = self.permutation(num_tokens, index, x.device)
-
-        if perm is not None and P == 0:
-            x = x.index_select(1, perm)  # cheaper before the projection: C channels, not 3C
-        qkv = self.qkv(x)
-        prefix: torch.Tensor | None = None
-        x_prefix: torch.Tensor | None = None
-        if P > 0:
-            prefix = qkv[:, :P]
-            q, k, v = qkv.chunk(3, dim=-1)
-            x_prefix = self.attend(q[:, :P], k, v)
-            qkv = qkv[:, P:]
-            if perm is not None:
-                qkv = qkv.index_select(1, perm)
-
-        even = num_groups * size
-        x = self.attend_groups(qkv[:, :even], prefix, num_groups)
-        if even < num_tokens:
-            x = torch.cat([x, self.attend_groups(qkv[:, even:], prefix, 1)], dim=1)
-        if perm is not None:
-            x = x.index_select(1, perm.argsort())
-        if x_prefix is not None:
-            x = torch.cat([x_prefix, x], dim=1)
-        return self.proj_drop(self.proj(x))
-
-
-class NonLinearProjection(nn.Module):
-    """Non-linear projection layer (NLL): a residual MLP between two applications of a shared block."""
-
-    def __init__(self, dim: int, hidden: int, residual: str, proj_drop: float, norm_layer, act_layer, **dd):
-        super().__init__()
-        self.norm = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
-        self.res = WeightedSum(residual, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.res(x, self.mlp(self.norm(x)))
-
-
-class RecursiveBlock(nn.Module):
-    """A transformer block applied once per entry of `groups`, an NLL with its own weights after each application."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_tokens: int,
-        groups: Sequence[int],
-        permute: Sequence[bool],
-        mlp_hidden: int,
-        nll_hidden: int,
-        num_prefix_tokens: int = 0,
-        residual: str = "both",
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_layer=_NORM,
-        act_layer=nn.GELU,
-        eval_permutation: str = "fixed",
-        seed: int = 0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = GroupAttention(
-            dim,
-            num_heads,
-            num_tokens,
-            groups,
-            permute,
-            num_prefix_tokens=num_prefix_tokens,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            eval_permutation=eval_permutation,
-            seed=seed,
-            **dd,
-        )
-        self.res1 = WeightedSum(residual, **dd)
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, mlp_hidden, act_layer=act_layer, drop=proj_drop, **dd)
-        self.res2 = WeightedSum(residual, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.nll = nn.ModuleList(
-            NonLinearProjection(dim, nll_hidden, residual, proj_drop, norm_layer, act_layer, **dd)
-            if nll_hidden
-            else nn.Identity()
-            for _ in groups
-        )
-
-    def forward(self, x: torch.Tensor, recursions: int) -> torch.Tensor:
-        for i, nll in enumerate(self.nll):
-            if i < recursions:
-                x = self.res1(x, self.drop_path(self.attn(self.norm1(x), i)))
-                x = self.res2(x, self.drop_path(self.mlp(self.norm2(x))))
-                x = nll(x)
-        return x
-
-
-class Stage(nn.Module):
-    """Optional downsampling, then recursive blocks over the tokens of a feature map."""
-
-    def __init__(self, in_dim: int, dim: int, blocks: list[RecursiveBlock], class_token: bool, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        down = in_dim != 0
-        self.downsample = nn.Conv2d(in_dim, dim, 3, 2, 1, groups=in_dim, **dd) if down else nn.Identity()
-        # a class token skips the convolution; a linear layer widens it, as in PiT
-        self.token_proj = nn.Linear(in_dim, dim, **dd) if down and class_token else nn.Identity()
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(
-        self, x: torch.Tensor, token: torch.Tensor | None, recursions: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x = self.downsample(x)
-        B, C, H, W = x.shape
-        x = x.flatten(2).transpose(1, 2)
-        if token is not None:
-            x = torch.cat([self.token_proj(token), x], dim=1)
-        else:
-            x = x.contiguous()
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, recursions)
-            else:
-                x = block(x, recursions)
-        if token is not None:
-            token, x = x[:, :1], x[:, 1:]
-        return x.transpose(1, 2).reshape(B, C, H, W), token
-
-
-class PatchEmbed(nn.Sequential):
-    """Three 3x3 convolutions, each with batch norm and ReLU; the first log2(stride) of them have stride 2."""
-
-    def __init__(self, in_chans: int, embed_dim: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        num_strided = int(math.log2(stride))
-        widths = (in_chans, embed_dim // 2, embed_dim, embed_dim)
-        for i in range(3):
-            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride=2 if i < num_strided else 1, padding=1, **dd)
-            self.add_module(f"conv{i + 1}", conv)
-            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(widths[i + 1], **dd))
-            self.add_module(f"act{i + 1}", nn.ReLU(inplace=True))
+__all__ = ["SReT"]
 
 
 class SReT(nn.Module):
@@ -371,6 +71,7 @@ class SReT(nn.Module):
         residual: which residual terms have a learnable scalar: 'both', 'identity', 'branch' or 'none'.
         class_token: classify from a class token instead of pooling (the token attends to all tokens and is a key in
             every group; our reading, the released code has none).
+        recursions: applications of each shared block, see `set_recursions`; default: all.
         eval_permutation: permutation of the recursive pass in evaluation: 'fixed', 'identity' or 'random'.
         permutation_seed: seeds the fixed permutations.
         drop_path_rate: block r of stage s drops at `drop_path_rate * (sum(depths[:s]) + r) / sum(depths)`, in all its
@@ -397,6 +98,7 @@ class SReT(nn.Module):
         np_mlp_ratio: float = 1.0,
         residual: str = "both",
         class_token: bool = False,
+        recursions: int | None = None,
         eval_permutation: str = "fixed",
         permutation_seed: int = 0,
         drop_rate: float = 0.0,
@@ -404,7 +106,7 @@ class SReT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer=_NORM,
+        norm_layer=NORM,
         act_layer=nn.GELU,
         device=None,
         dtype=None,
@@ -419,7 +121,12 @@ class SReT(nn.Module):
             groups1=groups1,
             groups2=groups2,
         )
-        _check_args(per_stage, patch_size, residual, eval_permutation)
+        _check_args(
+            per_stage,
+            patch_size=(patch_size, (1, 2, 4, 8)),
+            residual=(residual, RESIDUALS),
+            eval_permutation=(eval_permutation, EVAL_PERMUTATIONS),
+        )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_prefix_tokens = int(class_token)
@@ -439,10 +146,10 @@ class SReT(nn.Module):
 
         stages, self.feature_info, seed = [], [], permutation_seed
         for s, dim in enumerate(dims):
-            recursions = depths[s] // recursive_num[s]
+            passes = depths[s] // recursive_num[s]
             blocks = []
             for r in range(recursive_num[s]):
-                second = [(r * recursions + i) % 2 == 1 for i in range(recursions)]
+                second = [(r * passes + i) % 2 == 1 for i in range(passes)]
                 blocks.append(
                     RecursiveBlock(
                         dim,
@@ -464,17 +171,17 @@ class SReT(nn.Module):
                         **dd,
                     )
                 )
-                seed += recursions
+                seed += passes
             stages.append(Stage(dims[s - 1] if s else 0, dim, blocks, class_token, **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**s, module=f"stages.{s}"))
         self.stages = nn.ModuleList(stages)
         self.max_recursions = max(d // r for d, r in zip(depths, recursive_num, strict=True))
-        self.recursions = self.max_recursions
+        self.recursions = self._check_recursions(self.max_recursions if recursions is None else recursions)
         self.mixed_recursions = ()
 
-        if class_token:  # the token is cut out before the head
-            self.head = ClNormMlpClassifierHead(
-                dims[-1], num_classes, pool_type="", drop_rate=drop_rate, norm_layer=norm_layer, input_fmt="NLC", **dd
+        if class_token:
+            self.head = TokenHead(
+                dims[-1], num_classes, pool_type=self.global_pool, drop_rate=drop_rate, norm_layer=norm_layer, **dd
             )
         else:
             self.head = NormMlpClassifierHead(
@@ -545,6 +252,7 @@ class SReT(nn.Module):
         Meant for models trained with mixed depth (`timm_resnas.tasks.mixed_depth`).
         """
         self.recursions = self._check_recursions(self.max_recursions if recursions is None else recursions)
+        update_model_args(self, recursions=recursions)  # a saved model keeps its depth
 
     @torch.jit.ignore
     def set_mixed_depth(self, recursions: Sequence[int] | None = None) -> None:
@@ -557,12 +265,25 @@ class SReT(nn.Module):
         return recursions
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resample the position embedding and make the fixed permutations for another image size."""
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
+        """Resample the position embedding and make the fixed permutations for another image size.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the stem's stride, which cannot be changed.
+
+        Raises:
+            ValueError: `patch_size` is another one.
+        """
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.patch_size):
+            raise ValueError(f"patch_size={patch_size}: the stride of the stem is built in, {self.patch_size}.")
+        if img_size is None:
+            return
         grid = self._grid(img_size)
-        with torch.no_grad():
-            resampled = resample_pos_embed(self.pos_embed, *grid)
-        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        if grid != tuple(self.pos_embed.shape[2:]):
+            with torch.no_grad():
+                resampled = resample_pos_embed(self.pos_embed, *grid)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         for s, stage in enumerate(self.stages):
             for block in stage.blocks:
                 block.attn.init_permutations(self._num_tokens(grid, s))
@@ -578,9 +299,8 @@ class SReT(nn.Module):
         if global_pool is not None:
             self._check_pool(global_pool)
             self.global_pool = global_pool
-        pool = None if self.num_prefix_tokens else global_pool
         dd = get_device_dtype(self)
-        self.head.reset(num_classes, pool, reset_other=reset_other, in_features=self.num_features, **dd)
+        self.head.reset(num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_stem(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -650,8 +370,6 @@ class SReT(nn.Module):
         return take_indices
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.global_pool == "token":
-            x = x[:, 0]
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -664,27 +382,22 @@ class SReT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _check_args(per_stage: dict[str, Sequence[int]], patch_size: int, residual: str, eval_permutation: str) -> None:
+def _check_args(per_stage: dict[str, Sequence[int]], **choices: tuple[Any, tuple]) -> None:
     lengths = {name: len(values) for name, values in per_stage.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"SReT: one number per stage is wanted in each of these, but their lengths are {lengths}.")
     for name, values in per_stage.items():
-        if any(v < 1 for v in values):
+        if min(values) < 1:
             raise ValueError(f"SReT: {name}={tuple(values)} must be positive.")
     for depth, num in zip(per_stage["depths"], per_stage["recursive_num"], strict=True):
         if depth % num:
             raise ValueError(f"SReT: {depth} applications of {num} blocks: depths must be multiples of recursive_num.")
     dims = [b * h for b, h in zip(per_stage["base_dims"], per_stage["num_heads"], strict=True)]
     if any(b % a for a, b in zip(dims, dims[1:], strict=False)):
-        raise ValueError(
-            f"SReT: stage widths (base_dims * num_heads) {dims} must each be a multiple of the one before."
-        )
-    if patch_size not in (1, 2, 4, 8):
-        raise ValueError(f"SReT: patch_size={patch_size}: the stem's stride is 1, 2, 4 or 8.")
-    if residual not in _RESIDUALS:
-        raise ValueError(f"SReT: residual={residual!r} is not one of {_RESIDUALS}.")
-    if eval_permutation not in _EVAL_PERMUTATIONS:
-        raise ValueError(f"SReT: eval_permutation={eval_permutation!r} is not one of {_EVAL_PERMUTATIONS}.")
+        raise ValueError(f"SReT: stage widths (base_dims * num_heads) {dims} must be multiples of the one before.")
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"SReT: {name}={value!r} is not one of {known}.")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: SReT) -> dict[str, torch.Tensor]:
@@ -731,86 +444,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SReT) -> dict[str, t
     return out
 
 
-def sret_cost(
-    *,
-    img_size: int | Sequence[int] = 224,
-    patch_size: int = 8,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    base_dims: Sequence[int],
-    depths: Sequence[int],
-    recursive_num: Sequence[int],
-    num_heads: Sequence[int],
-    groups1: Sequence[int],
-    groups2: Sequence[int],
-    mlp_ratio: float,
-    np_mlp_ratio: float,
-    residual: str = "both",
-    class_token: bool = False,
-) -> dict[str, int]:
-    """Return 'macs' of one image and 'params' of a configuration without building it (arguments as for `SReT`).
-
-    MACs are those of convolutions, linear layers and both attention products.
-    """
-    dims = [b * h for b, h in zip(base_dims, num_heads, strict=True)]
-    scalars = {"both": 2, "identity": 1, "branch": 1, "none": 0}[residual]
-    prefix = int(class_token)
-    height, width = to_2tuple(img_size)
-    macs = params = 0
-    widths = (in_chans, dims[0] // 2, dims[0], dims[0])
-    for i in range(3):
-        if i < int(math.log2(patch_size)):
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
-        weights = 9 * widths[i] * widths[i + 1]
-        macs += weights * height * width
-        params += weights + 3 * widths[i + 1]  # with bias and batch norm
-    params += dims[0] * (height * width + prefix)
-    for s, dim in enumerate(dims):
-        if s:
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
-            macs += 9 * dim * height * width + prefix * dims[s - 1] * dim
-            params += 10 * dim + prefix * (dims[s - 1] + 1) * dim
-        num_tokens = height * width
-        hidden, nll_hidden = int(dim * mlp_ratio), int(dim * np_mlp_ratio)
-        for i in range(depths[s]):
-            size = math.ceil(num_tokens / (groups2[s] if i % 2 else groups1[s]))
-            full, rest = divmod(num_tokens, size)
-            pairs = full * size * (size + prefix) + (rest * (rest + prefix) if rest else 0)
-            pairs += prefix * (num_tokens + prefix)
-            weights = 4 * dim * dim + 2 * dim * (hidden + nll_hidden)
-            macs += weights * (num_tokens + prefix) + 2 * dim * pairs
-        params += recursive_num[s] * (4 * dim * (dim + 1) + 2 * dim * hidden + hidden + dim + 4 * dim + 2 * scalars)
-        if nll_hidden:
-            params += depths[s] * (2 * dim * nll_hidden + nll_hidden + dim + 2 * dim + scalars)
-    macs += dims[-1] * num_classes
-    params += 2 * dims[-1] + (dims[-1] + 1) * num_classes
-    return dict(macs=macs, params=params)
-
-
-def sret_deep_args(num_layers: int = 108, num_recursions: int = 4) -> dict[str, tuple[int, ...]]:
-    """Return `depths` and `recursive_num` of a very deep variant: `create_model('sret', **sret_deep_args(108))`.
-
-    The layers are shared out over the stages in the ratio 4:10:6 of the paper's models, in whole blocks. The paper's
-    abstract gives 13M to 15M parameters for more than 100 shared layers but not the configuration; with the widths of
-    SReT-T, 108 layers have 15.3M parameters at 4 recursions and 11.9M at 6.
-
-    Args:
-        num_layers: block applications in all, a multiple of `num_recursions`.
-        num_recursions: how often each block is applied.
-
-    Raises:
-        ValueError: the layers cannot be shared out.
-    """
-    num_blocks, rest = divmod(num_layers, num_recursions)
-    if rest or num_blocks < 3:
-        raise ValueError(
-            f"num_layers={num_layers} must be a multiple of num_recursions={num_recursions}, and at least 3 times it."
-        )
-    first, last = max(1, round(num_blocks * 0.2)), max(1, round(num_blocks * 0.3))
-    recursive_num = (first, num_blocks - first - last, last)
-    return dict(depths=tuple(r * num_recursions for r in recursive_num), recursive_num=recursive_num)
-
-
 def _create_sret(variant: str, pretrained: bool = False, **kwargs) -> SReT:
     out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
     return build_model_with_cfg(
@@ -836,6 +469,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2111.05297",
+        "paper_name": "Sliced Recursive Transformer",
         "origin_url": "https://github.com/szq0214/SReT",
         **kwargs,
     }
@@ -909,6 +543,11 @@ def sret_small_unsliced(pretrained=False, **kwargs) -> SReT:
 
 @register_model
 def sret(pretrained=False, **kwargs) -> SReT:
-    """Any configuration, by the arguments of `SReT`; without any, a small one of 8 layers (head dimension 16)."""
+    """Any configuration, by the arguments of `SReT`; without any, a small one of 8 layers (head dimension 16).
+
+    The paper's abstract names more than 100 shared layers in 13M to 15M parameters, without the configuration. With the
+    widths of SReT-T and its shares of the stages, `depths=(20, 56, 32), recursive_num=(5, 14, 8)` makes 108 layers of
+    15.3M parameters.
+    """
     model_args = dict(_TINY, base_dims=(16, 16, 16), depths=(2, 4, 2), recursive_num=(1, 2, 1))
     return _create_sret("sret", pretrained, **dict(model_args, **kwargs))

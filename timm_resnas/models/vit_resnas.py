@@ -6,8 +6,8 @@ Origin of the architectures: https://github.com/yilunliao/vit-search (facts only
 A network is described by the paper's ``network_def`` (see `NetworkDef`). What differs from the released code, none of
 it in what a network computes: position embeddings are excluded from weight decay, `reset_classifier`
 builds heads of the last width, the residual padding follows device and dtype, dropout rates reach the layers that
-they name, any image size that the total stride divides works, and a distilled net returns the mean of its two heads
-in eval (as timm's deit does).
+they name, any image size that the total stride divides works (after `set_input_size`, or at once with
+`dynamic_img_size`), and a distilled net returns the mean of its two heads in eval (as timm's deit does).
 """
 
 import math
@@ -24,6 +24,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     resample_abs_pos_embed,
+    to_2tuple,
     trunc_normal_,
 )
 from timm.layers.trace_utils import _assert
@@ -33,9 +34,12 @@ from timm.models._input import update_model_input_size
 from torch import nn
 
 from ..arch import Arch, ArchError
+from .grid import checkpoint_grid
 from .network_def import Block, NetworkDef, PatchEmbed, Reduction
 
 __all__ = ["VitResNas", "checkpoint_filter_fn"]
+
+torch.fx.wrap("resample_abs_pos_embed")  # a leaf of fx graphs also where another module's forward calls it
 
 
 class ConvUnit(nn.Module):
@@ -137,10 +141,13 @@ class TransformerBlock(nn.Module):
 class SpatialReduction(nn.Module):
     """Residual spatial reduction (paper, section 3.2): half the side, more channels.
 
-    One layer norm over all tokens; patches through a strided 3x3 convolution plus a position embedding of their own,
-    prefix tokens through a linear layer. The residual is the input itself, patches average-pooled, channels
-    zero-padded at the end. [B, T + H*W, in_dim] -> [B, T + H*W/4, out_dim].
+    One layer norm over all tokens; patches through a strided 3x3 convolution, plus a position embedding, prefix tokens
+    through a linear layer. The residual is the input itself, patches average-pooled, channels zero-padded at the end.
+    [B, T + H*W, in_dim] -> [B, T + H*W/4, out_dim]; H and W are the grid given to `forward`, by default `grid_size`.
+    With ``dynamic_img_size`` the position embedding is resampled for other grids.
     """
+
+    dynamic_img_size: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -148,11 +155,13 @@ class SpatialReduction(nn.Module):
         out_dim: int,
         grid_size: tuple[int, int],
         num_prefix_tokens: int = 1,
+        dynamic_img_size: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.dynamic_img_size = dynamic_img_size
         self.in_dim = in_dim
         self.out_dim = out_dim
         self.height, self.width = grid_size  # of the input
@@ -162,17 +171,23 @@ class SpatialReduction(nn.Module):
         self.token_transform = nn.Linear(in_dim, out_dim, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1] // 4, out_dim, **dd))
 
-    def to_map(self, x: torch.Tensor) -> torch.Tensor:
+    def to_map(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Patch tokens [B, H*W, C] as a map [B, C, H, W]."""
-        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], self.height, self.width)
+        if grid is None:
+            grid = (self.height, self.width)
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size and grid is not None:
+            new_size, old_size = [grid[0] // 2, grid[1] // 2], [self.height // 2, self.width // 2]
+            pos_embed = resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=False)
         shortcut, x = x, self.norm(x)
         tokens = self.token_transform(x[:, : self.num_prefix_tokens])
-        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :])).flatten(2).transpose(1, 2)
-        x = torch.cat([tokens, patches + self.pos_embed], dim=1)
+        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :], grid)).flatten(2).transpose(1, 2)
+        x = torch.cat([tokens, patches + pos_embed], dim=1)
 
-        pooled = F.avg_pool2d(self.to_map(shortcut[:, self.num_prefix_tokens :]), 2).flatten(2).transpose(1, 2)
+        pooled = F.avg_pool2d(self.to_map(shortcut[:, self.num_prefix_tokens :], grid), 2).flatten(2).transpose(1, 2)
         shortcut = torch.cat([shortcut[:, : self.num_prefix_tokens], pooled], dim=1)
         return x + F.pad(shortcut, (0, self.out_dim - self.in_dim))
 
@@ -189,6 +204,8 @@ class VitResNas(nn.Module):
         global_pool: 'token' (class token), 'avg' (mean of the patch tokens), '' (none).
         distill_token: Add a distillation token and its head.
         patch_head: Add a second classifier on patch tokens, for token labelling.
+        dynamic_img_size: Take images of any size that the total stride divides; the position embeddings are resampled
+            in each forward pass, with the output that `set_input_size` would give.
         drop_rate: Dropout rate before the classifiers.
         pos_drop_rate: Dropout rate after the position embedding.
         proj_drop_rate: Dropout rate after attention and MLP layers.
@@ -202,6 +219,8 @@ class VitResNas(nn.Module):
         ValueError: Arguments that exclude each other.
     """
 
+    dynamic_img_size: torch.jit.Final[bool]
+
     def __init__(
         self,
         network_def: Any,
@@ -212,6 +231,7 @@ class VitResNas(nn.Module):
         global_pool: str = "token",
         distill_token: bool = False,
         patch_head: bool = False,
+        dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -232,6 +252,8 @@ class VitResNas(nn.Module):
         self.arch = arch
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size
+        self.total_stride = arch.total_stride(patch_size)
+        self.dynamic_img_size = dynamic_img_size
         self.in_chans = in_chans
         self.num_classes = arch.num_classes if num_classes is None else num_classes
         self.num_prefix_tokens = 2 if distill_token else 1
@@ -262,7 +284,11 @@ class VitResNas(nn.Module):
         for block in arch.blocks:
             if isinstance(block, Reduction):
                 self._end_stage(len(blocks), dim)
-                blocks.append(SpatialReduction(block.in_dim, block.out_dim, grids[stage], self.num_prefix_tokens, **dd))
+                blocks.append(
+                    SpatialReduction(
+                        block.in_dim, block.out_dim, grids[stage], self.num_prefix_tokens, dynamic_img_size, **dd
+                    )
+                )
                 dim = block.out_dim
                 stage += 1
                 continue
@@ -382,16 +408,27 @@ class VitResNas(nn.Module):
                     nn.init.zeros_(head.bias)
                 setattr(self, name, head.train(self.training))
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
         """Change the image size; both kinds of position embedding are resampled.
+
+        Args:
+            img_size: One number or (height, width); None keeps the size.
+            patch_size: None, or the present patch size: the stem is built for it.
 
         Raises:
             ArchError: The size is not a multiple of the total stride.
+            ValueError: ``patch_size`` is another one.
         """
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.patch_size):
+            raise ValueError(f"patch_size {patch_size}: the network is built for {self.patch_size}; build another one")
         if img_size is None:
             return
         new = self.arch.grids(img_size, self.patch_size)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        update_model_input_size(self, self.img_size)
+        if list(new) == self.grids:
+            return
         state = resample_pos_embeds(self.state_dict(), self.grids, list(new), self.num_prefix_tokens)
         self.grids = list(new)
         for name, param in list(self.named_parameters()):
@@ -403,28 +440,50 @@ class VitResNas(nn.Module):
             if isinstance(block, SpatialReduction):
                 block.height, block.width = new[stage]
                 stage += 1
-        update_model_input_size(self, self.img_size)
+
+    def _grid(self, x: torch.Tensor) -> tuple[int, int]:
+        """Height and width of the first stage's grid for images [B, C, H, W]."""
+        if self.dynamic_img_size:
+            return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        return self.grids[0]
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        _assert(
-            x.shape[2] == self.img_size[0],
-            f"image height does not match the model's {self.img_size[0]}; see set_input_size",
-        )
-        _assert(
-            x.shape[3] == self.img_size[1],
-            f"image width does not match the model's {self.img_size[1]}; see set_input_size",
-        )
+        """[B, C, H, W] -> prefix and patch tokens with their position embedding, [B, T + N, C]."""
+        pos_embed = self.pos_embed
+        if self.dynamic_img_size:
+            _assert(x.shape[2] % self.total_stride == 0, f"image height must be a multiple of {self.total_stride}")
+            _assert(x.shape[3] % self.total_stride == 0, f"image width must be a multiple of {self.total_stride}")
+            height, width = self._grid(x)
+            pos_embed = resample_abs_pos_embed(
+                pos_embed, [height, width], self.grids[0], num_prefix_tokens=self.num_prefix_tokens, antialias=False
+            )
+        else:
+            _assert(
+                x.shape[2] == self.img_size[0],
+                f"image height does not match the model's {self.img_size[0]}; see set_input_size",
+            )
+            _assert(
+                x.shape[3] == self.img_size[1],
+                f"image width does not match the model's {self.img_size[1]}; see set_input_size",
+            )
         x = self.patch_embed(x)
         tokens = [self.cls_token.expand(x.shape[0], -1, -1)]
         if self.dist_token is not None:
             tokens.append(self.dist_token.expand(x.shape[0], -1, -1))
-        return self.pos_drop(torch.cat(tokens + [x], dim=1) + self.pos_embed)
+        return self.pos_drop(torch.cat(tokens + [x], dim=1) + pos_embed)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> normalised tokens of the last stage, prefix tokens first, [B, T + N, num_features]."""
+        grid = self._grid(x)
         x = self._embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if hasattr(block, "patch_reduce"):
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, grid)
+                else:
+                    x = block(x, grid)
+                grid = (grid[0] // 2, grid[1] // 2)
+            elif self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -483,18 +542,22 @@ class VitResNas(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, max_index = feature_take_indices(len(self.stage_ends), indices)
         last = len(self.stage_ends) - 1
+        grid = self._grid(x)
         x = self._embed(x)
         intermediates = []
         start = 0
         for stage, end in enumerate(self.stage_ends[: max_index + 1] if stop_early else self.stage_ends):
             for block in self.blocks[start:end]:
-                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+                args = (x,)
+                if isinstance(block, SpatialReduction):
+                    args, grid = (x, grid), (grid[0] // 2, grid[1] // 2)
+                x = checkpoint(block, *args) if self.grad_checkpointing else block(*args)
             start = end
             if stage in take:
                 y = self.norm(x) if norm and stage == len(self.grids) - 1 else x
                 y = y[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
-                    y = y.transpose(1, 2).reshape(x.shape[0], -1, *self.grids[stage])
+                    y = y.transpose(1, 2).reshape(x.shape[0], -1, *grid)
                 intermediates.append(y)
         if intermediates_only:
             return intermediates
@@ -565,7 +628,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VitResNas) -> dict[s
     gap in the indices of `blocks` for each absent block, whether or not the model's architecture still lists it.
 
     Raises:
-        ValueError: The checkpoint's blocks or position embeddings cannot belong to this architecture.
+        ValueError: The checkpoint's blocks or position embeddings cannot belong to this architecture, or nothing says
+            for what grid these were made, see `checkpoint_grid`.
     """
     for wrapper in ("model_ema", "model", "state_dict"):
         if isinstance(state_dict.get(wrapper), dict):
@@ -586,7 +650,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VitResNas) -> dict[s
     if model.patch_head is None:
         out = {k: v for k, v in out.items() if not k.startswith("patch_head.")}
     elif "patch_head.weight" not in out and not isinstance(model.patch_head, nn.Identity):
-        # the released networks can be had without it; it starts anew then
+        # released networks may lack it; the model's own initial weights stay then
         out.update({f"patch_head.{k}": v.detach().clone() for k, v in model.patch_head.state_dict().items()})
     return _fit_grids(_fit_indices(out, model), model)
 
@@ -621,20 +685,14 @@ def _fit_grids(state_dict: dict[str, torch.Tensor], model: VitResNas) -> dict[st
         return state_dict
     num_prefix_tokens = 1 + ("dist_token" in state_dict)
     num_patches = pos_embed.shape[1] - num_prefix_tokens
-    source_size = getattr(model, "pretrained_model_args", {}).get("img_size")
-    if source_size is not None:
-        source = model.arch.grids(source_size if isinstance(source_size, int) else tuple(source_size), model.patch_size)
-    elif num_patches == math.prod(model.grids[0]):
-        return state_dict  # the same number of positions, and nothing says that the shape differs
-    else:
-        side = math.isqrt(num_patches)
-        if side * side != num_patches or side % 2**model.arch.num_reductions:
-            raise ValueError(
-                f"pos_embed of the checkpoint has {num_patches} patch positions, which is no square grid that "
-                f"{model.arch.num_reductions} reductions halve; load it at its own img_size, then set_input_size"
-            )
-        source = [(side >> i, side >> i) for i in range(model.arch.num_reductions + 1)]
-    return resample_pos_embeds(state_dict, list(source), model.grids, num_prefix_tokens)
+    height, width = checkpoint_grid(model, num_patches, model.patch_size, model.grids[0])
+    if (height | width) % 2**model.arch.num_reductions:
+        raise ValueError(
+            f"pos_embed of the checkpoint is for a grid of {height}x{width}, which {model.arch.num_reductions} "
+            f"reductions cannot halve each time: it belongs to another architecture"
+        )
+    source = [(height >> i, width >> i) for i in range(model.arch.num_reductions + 1)]
+    return resample_pos_embeds(state_dict, source, model.grids, num_prefix_tokens)
 
 
 def _create_vit_resnas(variant: str, pretrained: bool = False, **kwargs) -> VitResNas:
@@ -699,85 +757,68 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _stage(dim: int, head_dim: int, blocks: str) -> str:
-    """Blocks of one stage from 'heads:mlp_hidden ...'."""
-    pairs = (b.split(":") for b in blocks.split())
-    return "".join(f"(1,({dim},{heads},{head_dim}),({dim},{hidden}),1)," for heads, hidden in pairs)
+# Width, head dimension and "heads:mlp_hidden" of each block, by stage, as the released training scripts state them
+_VARIANTS = {
+    "vit_res_tiny": (
+        (192, 64, "3:768 3:768 3:768 3:768"),
+        (384, 64, "6:1536 6:1536 6:1536 6:1536"),
+        (768, 64, "12:3072 12:3072 12:3072 12:3072"),
+    ),
+    "vit_resnas_tiny": (
+        (176, 32, "3:704 3:576 3:640 4:576 4:704"),
+        (352, 48, "10:1408 8:1408 8:1280 8:1408 10:1280 10:1024"),
+        (704, 64, "10:2560 10:1792 10:2816 8:2816 8:2560"),
+    ),
+    "vit_resnas_small": (
+        (220, 32, "5:880 5:880 7:800 5:720 5:720 5:720"),
+        (440, 48, "10:1760 10:1440 10:1920 10:1600 12:1600 12:1440"),
+        (880, 64, "16:3200 12:3200 16:2880 12:2240 14:2560"),
+    ),
+    "vit_resnas_medium": (
+        (240, 32, "7:960 6:960 7:800 8:960 7:880 8:880 6:800"),
+        (640, 48, "10:1120 14:1760 14:1920 16:1760 14:1440 16:1760 16:1920"),
+        (880, 64, "16:3200 10:3840 16:3840 12:3200 16:3520 14:3520"),
+    ),
+    "vit_resnas": ((64, 32, "2:256 2:256"), (128, 32, "4:512 4:512"), (256, 32, "8:1024 8:1024")),  # ours, small
+}
 
 
-# Architectures as the released training scripts state them
-_VIT_RES_TINY = (
-    "((4,192),"
-    + _stage(192, 64, "3:768 3:768 3:768 3:768")
-    + "(3,192,384),"
-    + _stage(384, 64, "6:1536 6:1536 6:1536 6:1536")
-    + "(3,384,768),"
-    + _stage(768, 64, "12:3072 12:3072 12:3072 12:3072")
-    + "(2,768,1000))"
-)
-_VIT_RESNAS_TINY = (
-    "((4,176),"
-    + _stage(176, 32, "3:704 3:576 3:640 4:576 4:704")
-    + "(3,176,352),"
-    + _stage(352, 48, "10:1408 8:1408 8:1280 8:1408 10:1280 10:1024")
-    + "(3,352,704),"
-    + _stage(704, 64, "10:2560 10:1792 10:2816 8:2816 8:2560")
-    + "(2,704,1000))"
-)
-_VIT_RESNAS_SMALL = (
-    "((4,220),"
-    + _stage(220, 32, "5:880 5:880 7:800 5:720 5:720 5:720")
-    + "(3,220,440),"
-    + _stage(440, 48, "10:1760 10:1440 10:1920 10:1600 12:1600 12:1440")
-    + "(3,440,880),"
-    + _stage(880, 64, "16:3200 12:3200 16:2880 12:2240 14:2560")
-    + "(2,880,1000))"
-)
-_VIT_RESNAS_MEDIUM = (
-    "((4,240),"
-    + _stage(240, 32, "7:960 6:960 7:800 8:960 7:880 8:880 6:800")
-    + "(3,240,640),"
-    + _stage(640, 48, "10:1120 14:1760 14:1920 16:1760 14:1440 16:1760 16:1920")
-    + "(3,640,880),"
-    + _stage(880, 64, "16:3200 10:3840 16:3840 12:3200 16:3520 14:3520")
-    + "(2,880,1000))"
-)
-_DEFAULT = (
-    "((4,64),"
-    + _stage(64, 32, "2:256 2:256")
-    + "(3,64,128),"
-    + _stage(128, 32, "4:512 4:512")
-    + "(3,128,256),"
-    + _stage(256, 32, "8:1024 8:1024")
-    + "(2,256,1000))"
-)
+def _network_def(variant: str) -> str:
+    stages = _VARIANTS[variant]
+    entries = [f"(4,{stages[0][0]})"]
+    for i, (dim, head_dim, blocks) in enumerate(stages):
+        if i:
+            entries.append(f"(3,{stages[i - 1][0]},{dim})")
+        pairs = (block.split(":") for block in blocks.split())
+        entries += [f"(1,({dim},{heads},{head_dim}),({dim},{hidden}),1)" for heads, hidden in pairs]
+    return f"({','.join(entries)},(2,{stages[-1][0]},1000))"
 
 
 @register_model
 def vit_res_tiny(pretrained: bool = False, **kwargs) -> VitResNas:
     """ViT-Res-Tiny, the hand-designed reference of the paper's search: 42.0 M parameters, 1.79 GMACs."""
-    model_args = dict(network_def=_VIT_RES_TINY)
+    model_args = dict(network_def=_network_def("vit_res_tiny"))
     return _create_vit_resnas("vit_res_tiny", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_resnas_tiny(pretrained: bool = False, **kwargs) -> VitResNas:
     """ViT-ResNAS-Tiny as searched by the paper under 1.8 GMACs: 40.8 M parameters, 1.78 GMACs."""
-    model_args = dict(network_def=_VIT_RESNAS_TINY)
+    model_args = dict(network_def=_network_def("vit_resnas_tiny"))
     return _create_vit_resnas("vit_resnas_tiny", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_resnas_small(pretrained: bool = False, **kwargs) -> VitResNas:
     """ViT-ResNAS-Small as searched by the paper under 2.9 GMACs: 63.7 M parameters, 2.85 GMACs."""
-    model_args = dict(network_def=_VIT_RESNAS_SMALL)
+    model_args = dict(network_def=_network_def("vit_resnas_small"))
     return _create_vit_resnas("vit_resnas_small", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_resnas_medium(pretrained: bool = False, **kwargs) -> VitResNas:
     """ViT-ResNAS-Medium as searched by the paper under 4.6 GMACs: 96.4 M parameters, 4.51 GMACs."""
-    model_args = dict(network_def=_VIT_RESNAS_MEDIUM)
+    model_args = dict(network_def=_network_def("vit_resnas_medium"))
     return _create_vit_resnas("vit_resnas_medium", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -787,5 +828,5 @@ def vit_resnas(pretrained: bool = False, **kwargs) -> VitResNas:
 
     The default is a network of three stages with two blocks each (2.9 M parameters).
     """
-    model_args = dict(network_def=_DEFAULT)
+    model_args = dict(network_def=_network_def("vit_resnas"))
     return _create_vit_resnas("vit_resnas", pretrained=pretrained, **dict(model_args, **kwargs))

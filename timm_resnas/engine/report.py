@@ -1,0 +1,193 @@
+"""Report of a search, from the files in its run's folder; made again at any time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ..arch import Arch
+from ..nas.cost import Budget, describe_layers, format_cost
+from ..nas.jsonl import read_jsonl
+from ..nas.space import SearchSpace
+from .plots import accuracies, draw_choices, draw_pareto, draw_progress
+from .run import RunError, atomic_write, format_minutes, read_json
+
+__all__ = ["report", "results_table", "spearman"]
+
+LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
+
+
+def report(folder: Path) -> str:
+    """Write the report and pictures of a run; returns the table of results.
+
+    Raises:
+        RunError: The folder holds no finished search.
+    """
+    if not (folder / "results.json").is_file():
+        raise RunError(f"{folder} holds no results.json; expected the folder of a finished search")
+    results = {**read_json(folder / "results.json"), "folder": str(folder)}
+    history = read_jsonl(folder / "history.jsonl")
+    training = read_jsonl(folder / "training.jsonl")
+    draw_pareto(folder / "pareto.png", results, history)
+    draw_progress(folder / "progress.png", results, history, training)
+    draw_choices(folder / "choices.png", results, history)
+    table = results_table(results)
+    with atomic_write(folder / "report.md") as fresh:
+        fresh.write_text(markdown(results, history, table), encoding="utf-8")
+    return table
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Best, largest and random networks, as Markdown that reads well in a terminal."""
+
+    def row(name: str, macs: float, params: float, val: str, test: str) -> tuple[str, ...]:
+        return name, format_cost("macs", macs), format_cost("params", params), val, test
+
+    rows = [("network", "MACs", "params", "search-val", "test")]
+    for name in ("best", "largest"):
+        r = results[name]
+        val, test = (accuracies(results, [r], s)[0] for s in ("val", "test"))
+        rows.append(row(name, r["macs"], r["params"], f"{val:.4f}", f"{test:.4f}"))
+    if randoms := results["random"]:
+        shown = []
+        for split in ("val", "test"):
+            a = accuracies(results, randoms, split)
+            shown.append(f"{a.mean():.4f} ± {a.std():.4f}")
+        macs, params = (float(np.mean([r[k] for r in randoms])) for k in ("macs", "params"))
+        rows.append(row(f"mean of {len(randoms)} random", macs, params, *shown))
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; NaN where one side has no differences."""
+    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)
+
+
+def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
+    """What scores are worth: how they rank networks, and where the best stands among random ones."""
+    lines = []
+    if randoms := results["random"]:
+        val, test = (accuracies(results, randoms, s) for s in ("val", "test"))
+        best = accuracies(results, [results["best"]], "test")[0]
+        lines += [
+            f"- Of the {len(randoms)} random networks, {int((test < best).sum())} have a lower test accuracy than the "
+            f"best, {int((test == best).sum())} the same, {int((test > best).sum())} a higher one.",
+            f"- Rank correlation of score and test accuracy over these random networks: "
+            f"{spearman(val, test):.2f} (1: the score orders networks as the test images do; standard error "
+            f"about {1 / np.sqrt(max(1, len(randoms) - 1)):.2f}).",
+        ]
+    scores = np.array([r["score"] for r in history])
+    lines.append(
+        f"- {len(np.unique(scores))} different scores among {len(history)} candidates; "
+        f"{int((scores == scores.max()).sum())} share the highest, of which fewer MACs decide."
+    )
+    if screen := results.get("prescreen"):
+        lines.append(
+            f"- Pre-screening on a part of the images stopped {screen['stopped']} candidates and saved "
+            f"{screen['images_saved']:.0%} of the images. Scored in full afterwards, {screen['would_be_parents']} of "
+            f"the {screen['rechecked']} closest to the parents would have been among them."
+        )
+    if finalists := results.get("finalists"):
+        lines += [
+            f"- Measured end to end: {f['ms']:.4g} ms (predicted {f['predicted_ms']:.4g})"
+            + (", above the limit" if f["ms"] > results["budget"]["latency_ms"] else "")
+            + (", the best" if f["key"] == results["best"]["key"] else ", not taken")
+            for f in finalists
+        ]
+    return lines
+
+
+def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str) -> str:
+    arch = Arch.from_record(results["best"])
+    model_args = SearchSpace.from_dict(results["space_dict"]).model_args
+    shown = [name for name in LABELS if name in results["front"][0]]
+    points = [
+        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | search-val |",
+        "|---|" + "---|" * (len(shown) + 1),
+    ]
+    for k, p in enumerate(results["front"], start=1):
+        costs = " | ".join(format_cost(name, p[name]) for name in shown)
+        points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
+    limits = {k: v for k, v in results["budget"].items() if k != "asked"}
+    budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
+    objectives = results.get("objectives", ["macs"])
+    seconds = results["seconds"]
+    leak = results.get("leak")
+    lines = [
+        f"# Search on {results['dataset']}, space {results['space']}",
+        "",
+        f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored "
+        f"with the supernet's weights on {results['val_images']} images"
+        + ("" if leak else " that were not trained on")
+        + f". The {results['test_images']} test images were used for this table only.",
+        *(["", f"**Leak:** {leak}."] if leak else []),
+        "",
+        table,
+        "",
+        "Weights are inherited from the supernet. This trains the found network with all training images, those that "
+        "candidates were scored on included:",
+        "",
+        "```bash",
+        f"accelerate launch recipes/train.py --model {results['folder']}/best --pretrained --dataset "
+        f"{results['dataset']} --val-per-class 0 --lr 2e-4",
+        "```",
+        *(["", f"The search ended early ({results['ended_early']})."] if results["ended_early"] else []),
+        "",
+        *statistics(results, history),
+        "",
+        "## The network",
+        "",
+        describe_layers(arch.layers(**model_args)),
+        "",
+        "```",
+        json.dumps(arch.canonical().record()),
+        "```",
+        "",
+        "```python",
+        "import timm, timm_resnas",
+        "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
+        "```",
+        "",
+        f"## Front of accuracy against {' and '.join(LABELS[name] for name in objectives)}",
+        "",
+        *points,
+        "",
+        "![score against MACs](pareto.png)",
+        "",
+        "## Progress",
+        "",
+        "![progress](progress.png)",
+        "",
+        *(
+            [
+                "Hypervolume after each generation (1 is a network of no cost without errors): "
+                + ", ".join(f"{v:.4f}" for v in results["hypervolumes"]),
+                "",
+            ]
+            if results.get("hypervolumes")
+            else []
+        ),
+        "What was chosen in each stage: the first generation, the best networks of the whole search, and the best.",
+        "",
+        "![choices](choices.png)",
+        "",
+        "## How it was made",
+        "",
+        f"- command: `{results['command']}`",
+        f"- supernet: {results.get('supernet') or 'trained by this run'}",
+        f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
+        f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
+        + (", since the run was last continued" if results.get("resumed") else ""),
+        "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""Training a supernet: data, space, sub-networks of each step, and the folder ``supernet/`` at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import nn
+
+from ..data import (
+    EvalBatches,
+    Splits,
+    TokenMix,
+    content_hashes,
+    default_data_config,
+    eval_batches,
+    eval_transform,
+    train_loader,
+    train_transform,
+    training_record,
+)
+from ..hub import load, save_pretrained
+from ..nas.evaluate import count_correct
+from ..nas.sampling import MultiArchSampler, SandwichSampler
+from ..nas.space import SearchSpace
+from ..nas.supernet import Supernet
+from ..tasks import SupernetTask, TokenLabelLoss
+from .data import HASHED_IMAGES, augmentation, cut_validation, image_pair, open_splits
+from .processes import full_precision
+from .run import Run, RunError, read_json
+from .seeds import Stream, generator, step_seed
+from .settings import SupernetOptions
+from .training import Training, check_passes
+
+__all__ = ["SearchData", "make_sampler", "open_run", "open_space", "prepare", "train_supernet", "val_batches"]
+
+SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
+
+
+class SearchData(NamedTuple):
+    """What a supernet is trained on and scored on."""
+
+    splits: Splits
+    space: SearchSpace
+    train: list[int]  # indices into splits.train
+    val: list[int]
+    config: dict[str, Any]  # timm's data_config
+
+
+def open_space(name: str) -> SearchSpace:
+    """A search space by a preset's name, or from a JSON file of what `SearchSpace.to_dict` gives.
+
+    Raises:
+        ValueError: The name is not known, or the file holds no space.
+    """
+    if not name.endswith(".json"):
+        return SearchSpace.preset(name)
+    try:
+        return SearchSpace.from_dict(read_json(Path(name)))
+    except ValueError as e:
+        raise RunError(f"--space {name}: {e}") from None
+
+
+def prepare(options: SupernetOptions, run: Run) -> SearchData:
+    """Open the data, cut the search's validation set, fit the space to the images.
+
+    Raises:
+        ValueError: The data, the space, the image size or the groups cannot be used; the message says what would be
+            right.
+    """
+    check_passes(options, PartialState().num_processes, groups=options.num_archs)
+    space = open_space(options.space or "micro")
+    make_sampler(options, space)
+    TokenLabelLoss(patch_weight=options.patch_weight)
+    size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
+    space.at(img_size=size)  # raises before the data are read
+    splits = open_splits(options)
+    train, val = run.cached(
+        "data.json", lambda: cut_validation(splits, options.val_per_class, options.val_fraction, options.seed)
+    )
+    check_parts(options, run, splits, train, val)
+    if len(train) < options.batch_size:
+        raise RunError(
+            f"--batch-size {options.batch_size} is more than the {len(train)} training images of {options.dataset}"
+        )
+    config = default_data_config(splits, size, indices=train)
+    return SearchData(splits, space.at(img_size=size, num_classes=splits.num_classes), train, val, config)
+
+
+def check_parts(options: Any, run: Run, splits: Splits, train: list[int], val: list[int]) -> None:
+    """Whether the parts that a run was started with are those of this data.
+
+    Raises:
+        RunError: They are not.
+    """
+    parts = [*train, *val]
+    if len(parts) != len(splits.train) or set(parts) != set(range(len(splits.train))):
+        raise RunError(f"{options.dataset} is not what {run.folder} was started with; give this run another --name")
+
+
+def make_sampler(options: SupernetOptions, space: SearchSpace) -> MultiArchSampler:
+    """What says which sub-networks a step trains."""
+    return SAMPLERS[options.sampler](space, options.num_archs, options.seed, options.arch_warmup_epochs)
+
+
+def val_batches(data: SearchData, device: torch.device, workers: int = 0) -> EvalBatches:
+    """The search's validation images, in fixed batches."""
+    transform = eval_transform(data.config)
+    return eval_batches(data.splits.train, transform, indices=data.val, device=device, num_workers=workers)
+
+
+def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
+    """The untrained supernet; it carries its data's preprocessing."""
+    torch.manual_seed(step_seed(options.seed, Stream.WEIGHTS))
+    given: dict[str, Any] = {"patch_head": True} if options.token_labeling else {}
+    return timm.create_model(
+        data.space.supernet,
+        space=data.space.to_dict(),
+        drop_path_rate=options.drop_path,
+        pretrained_cfg_overlay={**data.config, "num_classes": data.splits.num_classes},
+        **given,
+    )
+
+
+class SupernetTraining(Training):
+    """Each step trains several sub-networks, each on its part of the batch.
+
+    Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv.org/abs/2109.00642, section 3.3
+    """
+
+    def __init__(
+        self, options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData, net: Supernet
+    ) -> None:
+        loader = train_loader(
+            data.splits.train.select(data.train),
+            train_transform(data.config, **augmentation(options, data.splits, tuple(data.config["input_size"][1:]))),
+            options.batch_size,
+            seed=options.seed,
+            num_workers=options.workers,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+        )
+        if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        labels = dict(token_labeling=options.token_labeling, patch_weight=options.patch_weight)
+        task = SupernetTask(net, **labels, smoothing=options.smoothing, verbose=False)
+        self.mix = None
+        if options.token_labeling:
+            self.mix = TokenMix(net.num_classes, net.grids[-1], smoothing=options.smoothing)
+        self.sampler = make_sampler(options, data.space)
+        self.passes = accelerator.num_processes * options.accumulate
+        self.batches = val_batches(data, accelerator.device, options.workers)
+        rng = generator(options.seed, Stream.REFERENCES)
+        randoms = {f"random {i + 1}": arch for i, arch in enumerate(data.space.sample_many(3, rng))}
+        self.references = {"largest": data.space.largest, "smallest": data.space.smallest, **randoms}
+        super().__init__(options, accelerator, run, task, net, loader, _optimizer(options, net))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Channels are put in order of importance while choices open."""
+        if epoch <= self.options.arch_warmup_epochs:
+            self.model.sort_channels(self.optimizer)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, number: int) -> torch.Tensor:
+        """See `Training.loss`; the pass's sub-networks are its share of the step's."""
+        options, at = self.options, self.state.step
+        archs = self.sampler.archs(epoch, step, number, self.passes)
+        targets: Any = labels
+        if self.mix is not None:  # within the pass, so that processes may share out passes as they like
+            seed = step_seed(options.seed, Stream.MIX, at, number)
+            images, *targets = self.mix(images, labels, seed, groups=len(archs))
+        torch.manual_seed(step_seed(options.seed, Stream.DROP_PATH, at, number))
+        with self.accelerator.autocast():
+            return self.task(images, targets, archs=archs, mode=options.mode)["loss"]
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy of reference sub-networks on the search's validation images; processes share them out."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        results = []
+        for name, arch in list(self.references.items())[rank::world]:
+            with self.accelerator.autocast():
+                self.model.eval().set_arch(arch)
+                correct, images = count_correct(self.model, self.batches)
+            results.append((name, correct / images))
+        self.model.set_arch(None)
+        gathered = dict(gather_object(results) if world > 1 else results)
+        return {name: round(gathered[name], 5) for name in self.references}
+
+
+def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData) -> Supernet:
+    """Train the supernet, or load it where the run has it already. Ends with the folder `supernet/`.
+
+    Raises:
+        RunError: Options do not fit each other, or the loss is not finite.
+    """
+    net = create_supernet(options, data)
+    if (run / "supernet").exists():
+        load_weights(net, run / "supernet")
+        run.print(f"supernet: trained before, {run / 'supernet'}")
+        return net.to(accelerator.device)
+    training = SupernetTraining(options, accelerator, run, data, net)
+    net = training.model
+    run.print(
+        f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
+        f"{options.epochs} epochs of {training.steps} steps, {options.num_archs} sub-networks per step"
+        + (f"; continues at step {training.state.step} of {training.total}" if training.state.step else "")
+    )
+    training.run_epochs()
+    training.share_buffers()
+    if accelerator.is_main_process:
+        info = {"space": data.space.to_dict(), "dataset": options.dataset, "seed": options.seed}
+        small = len(data.splits.train) <= HASHED_IMAGES
+        seen = training_record(data.splits.train, data.val, content_hashes(data.splits.train) if small else None)
+        with full_precision(net):
+            save_pretrained(
+                net,
+                run / "supernet",
+                info={**info, "epochs": options.epochs},
+                label_names=data.splits.class_names,
+                files={"training_data.json": json.dumps(seen) + "\n"},
+            )
+        shutil.rmtree(run.state / "training", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return net
+
+
+def _optimizer(options: SupernetOptions, net: Supernet) -> torch.optim.Optimizer:
+    """AdamW; weight decay as the options say."""
+    groups = None
+    if options.decay_pos_embed:
+        spared = {name for name in net.no_weight_decay() if not name.endswith("pos_embed")}
+        groups = functools.partial(
+            param_groups_weight_decay, weight_decay=options.weight_decay, no_weight_decay_list=spared
+        )
+    return create_optimizer_v2(
+        net, opt="adamw", lr=options.lr, weight_decay=options.weight_decay, param_group_fn=groups
+    )
+
+
+def load_weights(net: Supernet, folder: Path) -> None:
+    """Weights of a supernet's folder into a supernet of the same space.
+
+    Raises:
+        RunError: The folder holds no weights, or those of another space.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise RunError(f"{folder} holds no model.safetensors; expected a folder that a supernet was saved to")
+    try:
+        net.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as e:
+        raise RunError(f"{path} does not fit the space: {str(e).splitlines()[-1].strip()}") from None
+
+
+def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
+    """Options, data and supernet of a finished run of supernet.py or search.py.
+
+    Raises:
+        RunError: The folder holds no such run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunError(f"{folder} holds no config.yaml; expected the folder of a finished run")
+    config = Run.read_config(path)
+    known = {field.name for field in dataclasses.fields(SupernetOptions)}
+    options = SupernetOptions(**{k: v for k, v in config.items() if k in known})
+    train, val = read_json(folder / "state" / "data.json")[:2]
+    net = load(config.get("supernet") or folder / "supernet").eval()
+    space = net.space
+    if config.get("supernet") and config.get("space"):  # a part of the supernet's
+        space = open_space(config["space"]).at(**space.model_args)
+    return options, SearchData(open_splits(options), space, train, val, resolve_model_data_config(net)), net
