@@ -230,5 +230,5 @@ def test_weights_that_changed_are_not_published(remote, run, tmp_path, capsys):
     save_file(weights, other / WEIGHTS)
     with pytest.raises(SystemExit):
         publish.main([str(other), "--repo", "alice/x"])
-    assert "differ from the stored ones" in capsys.readouterr().err
+    assert "its sha256 differs from the one in config.json" in capsys.readouterr().err
     assert remote.repo("alice/x") is None
