@@ -105,7 +105,7 @@ def open_model(
     if taken := {"num_classes", "img_size"} & kwargs.keys():
         raise RunError(f"--model-kwargs cannot set {' and '.join(sorted(taken))}; the data and --img-size do")
     if pretrained_path is not None and not Path(pretrained_path).is_file():
-        raise RunError(f"{pretrained_path}: there is no such file of weights")
+        raise RunError(f"{pretrained_path}: this file of weights does not exist")
     overlay = None
     try:
         if ":" in source:

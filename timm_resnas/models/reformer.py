@@ -13,7 +13,7 @@ The paper has no classifier of images. This is a ViT without class token: patche
 over two copies of the tokens, their mean, layer norm, average pooling.
 
 * Rotations are drawn afresh in every training step, and are fixed in evaluation: the model is a function.
-* Any number of tokens works: padding, which is no key, fills the last chunks. Where two buckets hold all tokens,
+* Any number of tokens works: padding, which is never a key, fills the last chunks. Where two buckets hold all tokens,
   attention is exact.
 * Hashing pays for long sequences only. With a thread of a CPU, width 192 and buckets of 49, it is faster than exact
   attention from about 2,400 tokens on with 4 rounds, 1,500 with 2, 500 with 1; at 12,544 tokens it is 3, 7, 13 times as
@@ -309,7 +309,7 @@ class Reformer(nn.Module):
         rotations: of training, 'fresh' at every step or 'fixed' as in evaluation.
         qk_scale: factor of the product of a query and a key of length 1; default head width to the power of -1/2. The
             paper's own code has 1.
-        ff_chunks: pieces of the sequence that go through the feed-forward one by one.
+        ff_chunks: parts of the sequence that go through the feed-forward one by one.
         reversible: recompute activations in the backward pass instead of keeping them.
         axial_pos_embed: position embedding as a sum of one for the row and one for the column.
 
