@@ -58,7 +58,7 @@ def evaluate(
 
     Returns:
         'images', 'correct', 'top1', and 'top5' where there are more than 5 classes; 'loss' and 'ece' (see the module);
-        'images_per_second' of one process (None with fewer than two full batches).
+        'images_per_second' of one process.
     """
     model.eval()
     device = accelerator.device
@@ -66,7 +66,9 @@ def evaluate(
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, correct
     index = None if classes is None else torch.tensor(classes, device=device)
     seconds: list[tuple[int, float]] = []
+    first: Any = None
     for done, (x, y) in enumerate(batches, start=1):
+        first = x if first is None else first
         if timed and x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -109,10 +111,22 @@ def evaluate(
         scores["loss"] = loss / images
         scores["ece"] = float((bins[1] - bins[2]).abs().sum() / images)
     if timed:
-        size = max((n for n, _ in seconds), default=0)
+        size = max(n for n, _ in seconds)
         full = [s for n, s in seconds if n == size][1:]
-        scores["images_per_second"] = size / statistics.median(full) if full else None
+        scores["images_per_second"] = size / statistics.median(full or [_seconds(accelerator, model, first)])
     return scores
+
+
+def _seconds(accelerator: Accelerator, model: nn.Module, x: torch.Tensor) -> float:
+    """Of the forward pass of a single batch, which was seen once before."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with torch.no_grad(), accelerator.autocast():
+        model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def format_scores(scores: dict[str, Any]) -> str:
