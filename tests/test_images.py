@@ -128,7 +128,9 @@ def test_background_of_a_data_set(tmp_path):
     assert splits.notes == ("6 of 10 images have transparent pixels; they show the background #808080 (--background)",)
     assert D.default_data_config(splits, 32)["background"] == "#808080"
     assert "background" not in D.default_data_config(D.load_splits(name), 32)
-    assert D.load_eval(name).notes[0].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    assert (
+        D.load_eval(name).notes[-1].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    )
 
 
 # -- depth ------------------------------------------------------------------------------------------------------------
