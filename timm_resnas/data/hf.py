@@ -12,7 +12,7 @@ import numpy as np
 
 from .images import IMAGE_EXTENSIONS, DataError, first_rows, require
 from .names import natural_key, part_kind, pick_part, some
-from .parts import EvalPart, Reading, Splits, cut_test, look, make_eval_part, make_splits
+from .parts import EvalPart, Reading, Splits, cut_test, look, make_eval_part, make_splits, transparency
 
 __all__ = ["open_hf", "open_hf_eval", "open_hf_stream"]
 
@@ -148,7 +148,8 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
     if not _is_labelled(test, "label"):
         raise DataError(f"the split {test_key!r} of {name} has no labels; choose another (--test-split)")
     evaluated = make_eval_part(name, test_key, test, len(test), reading)
-    size, grey = look(_tried(where, lambda: first_rows(train, 32)))
+    first = _tried(where, lambda: first_rows(train, 32))
+    size, grey = look(first)
     unused = [k for k in streams if k not in (train_key, test_key)]
     return Splits(
         name,
@@ -161,7 +162,11 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
         license=builder.info.license or "",
         streamed=num_train,
         background=reading.background,
-        notes=(*([f"not used: {some(unused)} of {name}"] if unused else []), *evaluated.notes),
+        notes=(
+            *([f"not used: {some(unused)} of {name}"] if unused else []),
+            *transparency([first], reading.background, "first training images"),
+            *evaluated.notes,
+        ),
     )
 
 
@@ -210,16 +215,15 @@ def _tried(where: str, action: Callable[[], Any]) -> Any:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # the readers raise nearly anything on damaged files
-        cause, lines = error, 1
-        if isinstance(error, datasets.exceptions.DatasetGenerationCastError):
-            lines = 3  # which columns differ, and in which file
-        else:
-            while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
-                cause = cause.__cause__  # "An error occurred while generating the dataset"
+        cause = error
+        while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
+            cause = cause.__cause__  # "An error occurred while generating the dataset"
+        if isinstance(cause, datasets.table.CastError):
+            columns = " ".join(cause.details().split())
+            raise DataError(f"the files of {where!r} must have the same columns, but {columns}") from error
         text = str(cause) if not isinstance(cause, KeyError) else f"{cause} is missing"
-        if "Config name is missing" in text:
-            lines = 2  # the second has the names
-        text = " ".join([line.strip() for line in text.split("\n") if line.strip()][:lines]) or type(cause).__name__
+        lines = [line.strip() for line in text.split("\n") if line.strip()] or [type(cause).__name__]
+        text = " ".join(lines[: 2 if "Config name is missing" in text else 1])  # the second line has the names
         if "Config" in text:
             raise DataError(f"datasets cannot open {where!r}: {text} (--hf-config)") from error
         if damaged := _damaged_file(_local(where)):

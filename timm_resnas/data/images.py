@@ -160,7 +160,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def decode(item: dict | None, mode: str = "RGB", shrink: int | None = None, background: str = WHITE) -> Image.Image:
     """Decodes, converts to `mode` (see `to_mode`) and turns upright by the EXIF orientation, as `datasets` does.
 
-    With `shrink`, an image whose shorter side is longer than so many pixels is reduced to it.
+    With `shrink`, an image whose shorter side has more pixels than that is reduced to it.
     """
     if item is not None and item["bytes"] is not None and (header := _RAW_GREY.match(item["bytes"])):
         size = (int(header[1]), int(header[2]))
@@ -190,7 +190,7 @@ class Images(torch.utils.data.Dataset):
         dataset: A `datasets.Dataset` with the columns `image` and `label`.
         mode: 'RGB', or 'L' for models with one input channel.
         cache_limit: Bytes of RAM for decoded images; 0 never keeps any.
-        shrink: Reduce larger images to so many pixels on their shorter side. For training on photographs much
+        shrink: Pixels of the shorter side that larger images are reduced to. For training on photographs much
             larger than the model's input: they decode faster and fit the cache. Slightly softer pixels.
         background: Colour behind transparent pixels, as `parse_background` takes it.
         max_corrupt: Largest fraction of unreadable images (one is always allowed).

@@ -113,7 +113,7 @@ def make_splits(name: str, train, test, reading: Reading, notes: Sequence[str] =
     if missing := [class_names[c] for c in np.flatnonzero(seen == 0)]:
         raise DataError(f"{name}: no training image of the class{'es' * (len(missing) > 1)} {some(missing)}")
     size, grey = look(train)
-    notes = (*notes, *_transparency([train, test], reading.background))
+    notes = (*notes, *transparency([train, test], reading.background))
     return Splits(
         name, train, test, class_names, size, 1 if grey else 3, background=reading.background, notes=notes, **about
     )
@@ -126,7 +126,7 @@ def make_eval_part(name: str, split: str, dataset, total: int, reading: Reading,
     check_labels(f"{split} of {name}", dataset)
     size, grey = look(dataset)
     names = tuple(dataset.features["label"].names)
-    notes = (*notes, *_transparency([dataset], reading.background))
+    notes = (*notes, *transparency([dataset], reading.background))
     return EvalPart(
         name, split, dataset, total, names, size, 1 if grey else 3, background=reading.background, notes=notes
     )
@@ -185,7 +185,7 @@ def _undecoded(dataset, count: int):
         yield from raw[picks[start : start + 64]]["image"]
 
 
-def _transparency(parts: Sequence, background: str) -> list[str]:
+def transparency(parts: Sequence, background: str, what: str = "images") -> list[str]:
     """A note where images have transparent pixels; only images whose header allows some are decoded."""
     looked = found = 0
     for part in parts:
@@ -200,8 +200,8 @@ def _transparency(parts: Sequence, background: str) -> list[str]:
                 continue
     if not found:
         return []
-    among = "images" if looked == sum(map(len, parts)) else "images looked at"
+    what += "" if looked == sum(map(len, parts)) else " looked at"
     return [
-        f"{found} of {looked} {among} {'have' if found > 1 else 'has'} transparent pixels; they show the background "
+        f"{found} of {looked} {what} {'have' if found > 1 else 'has'} transparent pixels; they show the background "
         f"{background} (--background)"
     ]

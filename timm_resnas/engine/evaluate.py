@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
-from ..data import Splits
-from .data import open_splits
+from ..data import DataError, EvalPart, load_eval, match_classes
 from .run import RunError
 from .settings import EvaluateOptions
 
@@ -24,8 +23,8 @@ __all__ = [
     "class_names_of",
     "evaluate",
     "format_scores",
-    "match_classes",
-    "open_split",
+    "matched_classes",
+    "open_part",
     "read_real_labels",
     "read_valid_labels",
 ]
@@ -134,26 +133,26 @@ def class_names_of(model: nn.Module) -> list[str] | None:
     return ImageNetInfo(subset).label_names() if subset else None
 
 
-def match_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
-    """The model's class for each of the data's, or None where they are the same.
+def matched_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
+    """The model's output for each of the data's classes, or None where they are the same or the model names none.
 
     Raises:
-        RunError: Their classes do not fit.
+        ValueError: Their classes do not fit.
     """
     names = class_names_of(model)
-    if names is not None and list(names) == list(data_names):
+    hint = "; take a model trained on these classes, or --valid-labels"
+    if names is None:
+        if model.num_classes != len(data_names):
+            raise RunError(f"the model has {model.num_classes} classes without names, the data {len(data_names)}{hint}")
         return None
-    if names is not None and set(data_names) <= set(names):
-        number = {name: i for i, name in enumerate(names)}
-        return [number[name] for name in data_names]
-    if model.num_classes == len(data_names) and (names is None or not set(data_names) & set(names)):
-        return None  # other words for the same classes, as far as one can know
-    missing = sorted(set(data_names) - set(names or []))
-    raise RunError(
-        f"the model has {model.num_classes} classes, the data {len(data_names)}, "
-        + (f"of which the model does not know {', '.join(missing[:5])}" if names else "and the model's have no names")
-        + "; take a model trained on these classes, or --valid-labels"
-    )
+    aliases = []
+    if subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        aliases = [info.label_descriptions(detailed=detailed) for detailed in (False, True)]
+    try:
+        return match_classes(names, data_names, aliases=aliases, subset=True)
+    except DataError as e:
+        raise RunError(f"{e}{hint}") from None
 
 
 def read_valid_labels(name: str, model: nn.Module, count: int) -> list[int]:
@@ -205,10 +204,7 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
     return [labels[f] for f in files]
 
 
-def open_split(options: EvaluateOptions) -> tuple[Splits, Any]:
-    """The data set and the part of it that is asked for."""
-    if options.split in ("train", "test"):
-        splits = open_splits(options)
-        return splits, getattr(splits, options.split)
-    splits = open_splits(options, test_split=options.split)
-    return splits, splits.test
+def open_part(options: EvaluateOptions) -> EvalPart:
+    """The images to evaluate on: a part that is asked for, or else what `load_eval` finds, whole."""
+    names = ("label_key", "image_key", "hf_config", "background")
+    return load_eval(options.dataset, options.split, **{k: getattr(options, k) for k in names})

@@ -36,13 +36,13 @@ from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
 from ..nas.space import BudgetError, SearchSpace
 from ..nas.supernet import Supernet
-from .data import HASHED_IMAGES, image_pair, open_splits
-from .models import record_of
+from .data import HASHED_IMAGES, cached_parts, image_pair, open_splits
+from .models import align_classes, record_of
 from .report import report
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
 from .settings import SearchOptions
-from .supernet import SearchData, check_parts, open_space
+from .supernet import SearchData, open_space
 
 __all__ = [
     "finish",
@@ -87,12 +87,11 @@ def load_supernet(options: SearchOptions, run: Run) -> tuple[Supernet, SearchDat
     if options.img_size is not None and image_pair(options.img_size) != size:
         raise RunError(f"--img-size {options.img_size} is not that of the supernet, {size}; leave the option out")
     splits = open_splits(options)
-    if splits.num_classes != net.num_classes:
-        raise RunError(f"{options.dataset} has {splits.num_classes} classes, the supernet {net.num_classes}")
+    unnamed = align_classes(net, splits.class_names, f"the supernet {options.supernet}", options.dataset)
     record = record_of(str(options.supernet) if ":" in options.supernet else f"local-dir:{options.supernet}")
-    cutting = functools.partial(split_unseen, options, splits, record)
-    train_indices, val, note = run.cached("data.json", cutting)
-    check_parts(options, run, splits, train_indices, val)
+    cut = functools.partial(split_unseen, options, splits, record)
+    train_indices, val, (note,) = cached_parts(run, splits, cut)
+    note = "; ".join(n for n in (unnamed, note) if n) or None
     return net, SearchData(splits, space, train_indices, val, timm.data.resolve_model_data_config(net)), note
 
 
@@ -174,8 +173,9 @@ def objectives(options: SearchOptions, space: SearchSpace) -> tuple[str, ...]:
 
 def print_notes(run: Run, data: SearchData, budget: Budget | None, leak: str | None) -> None:
     """What a user should know before the work starts."""
-    if leak:
-        run.print(f"note: {leak}")
+    for text in (leak, *data.splits.notes):
+        if text:
+            run.print(f"note: {text}")
     for name, value in data.space.idle_limits(budget).items() if budget else ():
         run.print(
             f"note: all networks of the space have {name} {format_cost(name, value)} (the stem decides it): a limit on "

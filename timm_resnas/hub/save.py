@@ -226,7 +226,7 @@ def _difference(
         if sum(p.numel() for p in model.parameters()) > _READ_BACK:
             fetch(fresh)
             return None
-        with torch.random.fork_rng(devices=[]):  # building draws numbers, and the caller's training may go on
+        with torch.random.fork_rng(devices=[]):  # building draws numbers, and the caller's training may continue
             built = load(fresh).eval()
     except HubError as e:
         return str(e).replace(str(fresh), str(folder))

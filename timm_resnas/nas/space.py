@@ -14,13 +14,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..arch import Arch, Layer, image_size
 from .cost import Budget, BudgetError, format_cost
 from .tables import Position, Table
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["BudgetError", "Gene", "MAX_CHOICES", "Position", "SearchSpace"]
 
@@ -94,6 +97,7 @@ class SearchSpace(ABC):
         arch_type: The family's Arch.
         supernet: Entry point of its supernet: ``timm.create_model(space.supernet, space=space.to_dict())``.
         presets: Named spaces: functions of model arguments.
+        training_args: Names of the model arguments that only training uses.
         searched: The genes that leave a choice, in network order.
         largest: The network of all largest choices.
         smallest: The network of all least choices, what can be absent absent.
@@ -103,6 +107,7 @@ class SearchSpace(ABC):
     arch_type: ClassVar[type[Arch]]
     supernet: ClassVar[str]
     presets: ClassVar[Mapping[str, Callable[..., SearchSpace]]] = {}
+    training_args: ClassVar[tuple[str, ...]] = ()
     _families: ClassVar[dict[str, type[SearchSpace]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -306,6 +311,15 @@ class SearchSpace(ABC):
         for i, (gene, column) in enumerate(zip(self.searched, self._searched, strict=True)):
             rows[:, column] = np.array(gene.draws)[picks[:, i]]
         return self.decode(self.normalise(rows))
+
+    def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        """The layers of a network at the space's ``model_args``, see `Arch.layers`."""
+        return arch.layers(**self._model_args)
+
+    def network(self, arch: Arch, **kwargs: Any) -> nn.Module:
+        """The plain timm network for evaluation: canonical, without what only training uses; ``kwargs`` as `create`."""
+        args = {name: value for name, value in self.model_args.items() if name not in self.training_args}
+        return arch.canonical().create(**args, **kwargs)
 
     def cascade(self, rows: np.ndarray) -> np.ndarray:
         """Make absent, in place, what follows an absent part. [n, genes]"""
