@@ -129,6 +129,14 @@ def test_saving_draws_no_numbers(vit, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_modes_of_frozen_parts_stay(vit, tmp_path):
+    vit.train()
+    vit.blocks[0].eval()
+    before = [m.training for m in vit.modules()]
+    save_pretrained(vit, tmp_path / "m")
+    assert [m.training for m in vit.modules()] == before and len(set(before)) == 2
+
+
 def test_a_very_large_model_is_compared_by_its_shapes(vit, tmp_path, monkeypatch):
     monkeypatch.setattr(save, "_READ_BACK", 10)
     monkeypatch.setattr(save, "load", None)

@@ -25,7 +25,7 @@ from .checks import (
     read_config,
 )
 from .errors import HubError, check_repo_id, hub_errors, is_unreachable, retry, why_not
-from .weights import check_golden, check_tensors, check_weights
+from .weights import check_golden, check_tensors, check_values, check_weights
 
 __all__ = ["fetch", "load", "read_file"]
 
@@ -85,7 +85,7 @@ def load(
 def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pickle: bool = False) -> Path:
     """The local folder of a model, downloaded if need be, for ``timm.create_model('local-dir:<folder>')``.
 
-    Configuration and weights are checked as by `load`, except for numbers that are not finite.
+    Configuration and weights are checked as by `load`.
 
     Args:
         name_or_folder: See `load`.
@@ -97,7 +97,10 @@ def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pick
     """
     source = _source(name_or_folder, None, None, None, None)
     if weights:
-        return _fetch(source, allow_pickle, MAX_PARAMS).parent
+        path = _fetch(source, allow_pickle, MAX_PARAMS)
+        if path.name == WEIGHTS:
+            check_values(path, f"{source}: {WEIGHTS}")
+        return path.parent
     path = source.file(CONFIG, limit=MAX_CONFIG_BYTES)
     build_on_meta(read_config(path, f"{source}: {CONFIG}"), MAX_PARAMS)
     return path.parent

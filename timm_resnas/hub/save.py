@@ -175,7 +175,7 @@ def _state_origin(path: Path, license: str | None) -> None:
     architecture = data["architecture"]
     tagged = fnmatch.filter(timm.list_models(f"{architecture}*", include_tags=True), f"{architecture}.*")
     for name in _OF_PAPERS:
-        stated = {str(getattr(get_pretrained_cfg(t), name)) for t in tagged or [architecture]}
+        stated = {str(getattr(get_pretrained_cfg(t), name, None)) for t in tagged or [architecture]}
         if name in cfg and len(stated) > 1:
             del cfg[name]
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

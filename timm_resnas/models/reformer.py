@@ -624,6 +624,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2001.04451",
+        "paper_name": "Reformer: The Efficient Transformer",
         "origin_url": "https://github.com/lucidrains/reformer-pytorch",
         **kwargs,
     }

@@ -543,6 +543,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2203.15380",
+        "paper_name": "SepViT: Separable Vision Transformer",
         "origin_url": "https://github.com/liwei109/SepViT",
         **kwargs,
     }

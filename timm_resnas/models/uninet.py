@@ -554,6 +554,7 @@ def _cfg(img_size: int = 224, **kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "mit",
         "paper_ids": "arXiv:2207.05420",
+        "paper_name": "UniNet: Unified Architecture Search with Convolution, Transformer, and MLP",
         "origin_url": "https://github.com/Sense-X/UniNet",
         **kwargs,
     }
