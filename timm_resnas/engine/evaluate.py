@@ -16,11 +16,12 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
 from ..data import DataError, EvalPart, load_eval, match_classes
+from ..data.images import WHITE
+from .models import background_of, class_names_of, model_source
 from .run import RunError
 from .settings import EvaluateOptions
 
 __all__ = [
-    "class_names_of",
     "evaluate",
     "format_scores",
     "matched_classes",
@@ -138,15 +139,6 @@ def format_scores(scores: dict[str, Any]) -> str:
     return f"{'  '.join(parts)}  ({scores['images']} images)"
 
 
-def class_names_of(model: nn.Module) -> list[str] | None:
-    """Names of a model's classes: those it was saved with, or ImageNet's WordNet ids by their number."""
-    if names := model.pretrained_cfg.get("label_names"):
-        return list(names)
-    # a folder or hub repository of any data set may have 1000 classes; it names them then
-    subset = infer_imagenet_subset(model)
-    return ImageNetInfo(subset).label_names() if subset else None
-
-
 def matched_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
     """The model's output for each of the data's classes, or None where they are the same or the model names none.
 
@@ -220,5 +212,9 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
 
 def open_part(options: EvaluateOptions) -> EvalPart:
     """The images to evaluate on: a part that is asked for, or else what `load_eval` finds, whole."""
-    names = ("label_key", "image_key", "hf_config", "background")
-    return load_eval(options.dataset, options.split, **{k: getattr(options, k) for k in names})
+    for name in ("train_split", "test_split"):
+        if getattr(options, name) is not None:
+            raise RunError(f"--{name.replace('_', '-')} is for training; --split names what is evaluated")
+    asked = {k: getattr(options, k) for k in ("label_key", "image_key", "hf_config")}
+    background = options.background or background_of(model_source(options.model)) or WHITE
+    return load_eval(options.dataset, options.split, background=background, **asked)

@@ -95,7 +95,8 @@ def load_supernet(options: SearchOptions, run: Run) -> tuple[Supernet, SearchDat
     cut = functools.partial(split_unseen, options, splits, record)
     train_indices, val, (note,) = cached_parts(run, splits, cut)
     note = "; ".join(n for n in (unnamed, note) if n) or None
-    return net, SearchData(splits, space, train_indices, val, timm.data.resolve_model_data_config(net)), note
+    config = {**timm.data.resolve_model_data_config(net), "background": splits.background}
+    return net, SearchData(splits, space, train_indices, val, config), note
 
 
 def split_unseen(
@@ -360,7 +361,8 @@ def distinct_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def score_of(folder: Path, data: SearchData, device: torch.device) -> tuple[int, int]:
     """Correct answers on the test images of a model's folder, loaded and fed the way a user would."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
-    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    config = {**timm.data.resolve_model_data_config(model), "background": data.splits.background}
+    transform = eval_transform(config)
     return count_correct(model, eval_batches(data.splits.test, transform, device=device))
 
 
