@@ -20,25 +20,34 @@ __all__ = ["report", "results_table", "spearman", "train_command"]
 
 LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
 RISING = 0.02  # accuracy that the largest network gained between its last two evaluations
+RECORD = {"args", "generation", "key", "macs", "model", "origin", "score"}
 
 
 def report(folder: Path) -> str:
     """Write the report and pictures of a run; returns the table of results.
 
     Raises:
-        RunError: The folder holds no finished search.
+        RunError: The folder holds no finished search, or a file of it is damaged; the message names it.
     """
-    if not (folder / "results.json").is_file():
+    path = folder / "results.json"
+    if not path.is_file():
         raise RunError(f"{folder} holds no results.json; expected the folder of a finished search")
-    results = {**read_json(folder / "results.json"), "folder": str(folder)}
+    results = read_json(path)
     history = read_jsonl(folder / "history.jsonl")
     training = read_jsonl(folder / "training.jsonl")
-    draw_pareto(folder / "pareto.png", results, history)
-    draw_progress(folder / "progress.png", results, history, training)
-    draw_choices(folder / "choices.png", results, history)
-    table = results_table(results)
+    if not history or not all(RECORD <= record.keys() for record in history):
+        raise RunError(f"{folder / 'history.jsonl'} is damaged: its lines must have {', '.join(sorted(RECORD))}")
+    try:
+        results = {**results, "folder": str(folder)}
+        table = results_table(results)
+        text = markdown(results, history, training, table)
+        draw_pareto(folder / "pareto.png", results, history)
+        draw_progress(folder / "progress.png", results, history, training)
+        draw_choices(folder / "choices.png", results, history)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise RunError(f"{path} is damaged: it is not what a search writes ({type(e).__name__}: {e})") from e
     with atomic_write(folder / "report.md") as fresh:
-        fresh.write_text(markdown(results, history, training, table), encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
     return table
 
 

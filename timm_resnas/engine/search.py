@@ -81,7 +81,7 @@ def load_supernet(options: SearchOptions, run: Run) -> tuple[Supernet, SearchDat
     space = net.space
     if options.space is not None:
         space = open_space(options.space)
-        space = space.with_model_args(**{k: v for k, v in net.space.model_options.items() if k in space.model_args})
+        space = space.at(**{k: v for k, v in net.space.model_args.items() if k in space.model_args})
         try:
             net.check_arch(space.largest)
         except ArchError as e:
