@@ -456,8 +456,20 @@ class Reformer(nn.Module):
         self._init_rotations()
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resample the position embedding and make the fixed rotations for another image size."""
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
+        """Resample the position embedding and make the fixed rotations for another image size.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the one that the network was built with, which cannot be changed.
+
+        Raises:
+            ValueError: `patch_size` is another one.
+        """
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.patch_embed.patch_size):
+            raise ValueError(f"patch_size={patch_size}: the network was built with {self.patch_embed.patch_size}.")
+        if img_size is None:
+            return
         self.grid_size = self._grid(img_size)
         for name, size in _position_sizes(self.grid_size).items():
             p = getattr(self, name)

@@ -356,11 +356,22 @@ class SepVit(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
         """Resample the tables of window tokens for another image size.
 
         Blocks that attend to the whole map keep doing so.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the first stage's stride, 4, which cannot be changed.
+
+        Raises:
+            ValueError: `patch_size` is another one.
         """
+        if patch_size is not None and to_2tuple(patch_size) != (4, 4):
+            raise ValueError(f"patch_size={patch_size}: the stride of the patch embedding is built in, 4.")
+        if img_size is None:
+            return
         windows = []
         for stage, info in zip(self.stages, self.feature_info, strict=False):
             windows.append([])
