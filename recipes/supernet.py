@@ -28,6 +28,7 @@ not divide, groups that do not divide the batch or the processes, options other 
 that is not finite ends the run with the last good checkpoint in place.
 """
 
+import dataclasses
 from pathlib import Path
 
 from timm_resnas.engine.options import parse
@@ -36,6 +37,7 @@ from timm_resnas.engine.settings import SupernetOptions
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(SupernetOptions, argv, __doc__)
+    options = dataclasses.replace(options, space=options.space or "micro")
     # torch is imported from here on, so that --help answers at once
     from timm_resnas.engine.processes import start
     from timm_resnas.engine.run import Run, cli_errors, dataset_name
@@ -43,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with cli_errors("supernet.py"):
         accelerator = start(options)
-        space = Path(options.space or "micro").stem
-        run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{space}-supernet")
+        run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{Path(options.space).stem}-supernet")
         data = prepare(options, run)
         run.begin()
         train_supernet(options, accelerator, run, data)
