@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if options.img_size:
             config["input_size"] = (config["input_size"][0], *image_pair(options.img_size))
         found = job.open_part(options)
-        part = found.dataset
+        part, config["background"] = found.dataset, found.background
         real = None
         if options.real_labels is not None:
             real = job.read_real_labels(options.real_labels, part)

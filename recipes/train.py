@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm_resnas.engine import train as job
     from timm_resnas.engine.evaluate import format_scores
     from timm_resnas.engine.processes import start
-    from timm_resnas.engine.run import Run, cli_errors, dataset_name, read_json
+    from timm_resnas.engine.run import Run, RunError, cli_errors, dataset_name, read_json
     from timm_resnas.nas.count import count_macs
 
     with cli_errors("train.py"):
@@ -60,8 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         parts = [p for p in Path(options.model.partition(":")[2] or options.model).parts if p != "best"]
         run = Run(options, accelerator, "-".join([dataset_name(options.dataset), *parts[-1:]]))
         if run.resumed and (run / "results.json").exists():
-            tests = read_json(run / "results.json")["test"]
-            run.print(f"trained before: {run / 'best'}  test {format_scores(tests['best'])}")
+            try:
+                scores = format_scores(read_json(run / "results.json")["test"]["best"])
+            except (LookupError, TypeError):
+                raise RunError(f"{run / 'results.json'} is damaged; give this run another --name") from None
+            run.print(f"trained before: {run / 'best'}  test {scores}")
             return
         model, data = job.prepare(options, run)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe_server import RecipeServer
 
 # One thread per worker; set before torch is imported, and for the programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,9 +25,17 @@ def golden() -> Callable[[str], Path]:
     return path
 
 
+@pytest.fixture(scope="session")
+def recipe_server():
+    """The fork server of this test process."""
+    server = RecipeServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Recipes that run in the test's own process each start Accelerate anew."""
+    """Each recipe that runs in the test's own process starts Accelerate as a program does."""
     yield
     if "accelerate.state" in sys.modules:
         state = sys.modules["accelerate.state"]

@@ -496,6 +496,15 @@ class Hub:
         }
 
 
+def ask_for_no_agents(monkeypatch):
+    """Newer clients ask the Hub once a day which programs it calls agents; these tests count requests."""
+    try:
+        from huggingface_hub.utils import _detect_agent
+    except ImportError:
+        return
+    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
+
+
 @contextlib.contextmanager
 def running():
     """A server in a process of its own."""

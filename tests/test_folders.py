@@ -154,6 +154,9 @@ def test_several_parts_of_one_kind(tmp_path):
     ):
         D.load_splits(name)
     assert len(D.load_splits(name, train_split="Train").test) == 6
+    assert D.load_eval(name).split == "test"
+    with pytest.raises(D.DataError, match="Train, training; name one by --split"):
+        D.load_eval(name, "train")
     make(tmp_path, {"train/cat": 1, "train/dog": 1})  # the plain name wins
     assert len(D.load_splits(name).train) == 2
 
@@ -201,6 +204,10 @@ def test_class_folders_are_evaluated_whole(tmp_path):
     name = make(tmp_path, {f"n{k:08}": 20 for k in range(6)})
     part = D.load_eval(name)
     assert (part.split, len(part.dataset), part.total, part.num_classes) == ("all", 120, 120, 6)
+    assert part.notes == (
+        f"{name} has no separate test part: all 120 images are evaluated, also those that training uses. --split test "
+        "takes the ones that it keeps for testing",
+    )
     splits = D.load_splits(name)
     for split, dataset in (("test", splits.test), ("train", splits.train)):
         part = D.load_eval(name, split)  # what training here tests and trains on
@@ -216,6 +223,9 @@ def test_one_part_only_is_evaluated_whole(tmp_path):
     part = D.load_eval(name, "test")
     assert (part.split, len(part.dataset), part.total) == ("test (cut from train)", 4, 20)
     assert D.content_hashes(part.dataset) == D.content_hashes(D.load_splits(name).test)
+    rest = D.load_eval(name, "train")
+    assert rest.split == "train (cut from train)"
+    assert D.content_hashes(rest.dataset) == D.content_hashes(D.load_splits(name).train)
     make(tmp_path / "one", {"only": 3})  # a class is enough to evaluate on
     assert D.load_eval(f"imagefolder:{tmp_path / 'one'}").class_names == ("only",)
 
@@ -254,6 +264,7 @@ def test_natural_order_is_total():
         mixed = [names[i] for i in np.random.RandomState(seed).permutation(len(names))]
         assert sorted(mixed, key=natural_key) == expected
     assert [n for n in expected if n.lower().startswith("b")] == ["B2", "b02", "b2", "b10"]
+    assert [unicodedata.normalize("NFC", n) for n in expected[-3:]] == ["z", "é", "é"]  # however a disk stores it
     keys = [natural_key(n) for n in expected]
     assert all(a < b for a, b in zip(keys, keys[1:], strict=False))
 
@@ -344,6 +355,16 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(D.DataError, match="the folder .*deep cannot be read: Permission denied"):
         D.load_splits(name)
+
+
+def test_paths_that_cannot_be():
+    for kind in ("imagefolder", "fashion-mnist", "hf"):
+        for load in (D.load_splits, D.load_eval):
+            with pytest.raises(D.DataError, match="there is no user whose folder is ~nobody-here/x"):
+                load(f"{kind}:~nobody-here/x")
+    for path in ("a" * 5000, "a\0b"):
+        with pytest.raises(D.DataError, match="there is no folder"):
+            D.load_splits(f"imagefolder:{path}")
 
 
 def test_links_in_a_circle(tmp_path):

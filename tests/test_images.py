@@ -128,7 +128,9 @@ def test_background_of_a_data_set(tmp_path):
     assert splits.notes == ("6 of 10 images have transparent pixels; they show the background #808080 (--background)",)
     assert D.default_data_config(splits, 32)["background"] == "#808080"
     assert "background" not in D.default_data_config(D.load_splits(name), 32)
-    assert D.load_eval(name).notes[0].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    assert (
+        D.load_eval(name).notes[-1].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    )
 
 
 # -- depth ------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,7 @@ def test_missing_images_are_left_out_and_counted(tmp_path, caplog):
     hashes = D.content_hashes(data)
     assert [k for k, h in enumerate(hashes) if not h] == [5, 6, 7] and len(set(hashes)) == 22
     assert D.content_hashes(data, of="bytes")[5:8] == [""] * 3
+    assert D.repeated(["", "a"]) == [True, False]
     flags = D.repeated(hashes, hashes[:1])
     assert [k for k, f in enumerate(flags) if f] == [0, 5, 6, 7]
     assert D.find_leaks(data, [5, 6, 8], [7, 9], data.select([5, 6, 7]))["train_test"] == []

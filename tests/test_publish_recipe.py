@@ -14,8 +14,7 @@ import publish
 import pytest
 import search
 from accelerate.state import AcceleratorState, PartialState
-from hub_server import running
-from huggingface_hub.utils import _detect_agent
+from hub_server import ask_for_no_agents, running
 from safetensors.torch import load_file, save_file
 
 from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push
@@ -52,7 +51,7 @@ def remote(server, tmp_path, monkeypatch):
     server.reset()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
+    ask_for_no_agents(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(publish, "push", functools.partial(push, endpoint=server.url))

@@ -200,6 +200,18 @@ def test_a_single_split_is_evaluated_whole(tmp_path):
     assert values(rest.dataset) == values(splits.train)
 
 
+def test_a_split_without_the_columns_does_not_stop_evaluation(tmp_path):
+    for split in ("unsupervised", "validation"):
+        path = tmp_path / "saved" / split
+        rows = {"image": pictures(6), **({"label": [0, 1] * 3} if split == "validation" else {})}
+        features = {"image": datasets.Image(), **(NAMES if split == "validation" else {})}
+        made = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        made.save_to_disk(path)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["unsupervised", "validation"]}')
+    part = D.load_eval(f"hf:{tmp_path / 'saved'}")
+    assert (part.split, part.total, part.class_names) == ("validation", 6, ("a", "b"))
+
+
 def test_a_small_test_split_counts_its_classes_as_training_does(tmp_path):
     text = {"label": datasets.Value("string")}
     name = save(tmp_path / "set", "train", text, label=["ant", "bee", "cow"] * 2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,6 +131,36 @@ def make_eval_part(name: str, split: str, dataset, total: int, reading: Reading,
     return EvalPart(
         name, split, dataset, total, names, size, 1 if grey else 3, background=reading.background, notes=notes
     )
+
+
+def whole_or_cut(
+    name: str,
+    shown: str,
+    dataset,
+    split: str | None,
+    whole: bool,
+    reading: Reading,
+    test_fraction: float,
+    notes: Sequence[str] = (),
+) -> EvalPart:
+    """A part as it is; or, where training would cut a test part from it, the `split` of these that is asked for."""
+    if whole or split is None:
+        if not whole:
+            first = (
+                f"{name} has no separate test part: all {len(dataset)} images are evaluated, also those that training"
+            )
+            notes = (*notes, f"{first} uses. --split test takes the ones that it keeps for testing")
+        return make_eval_part(name, shown, dataset, len(dataset), reading, notes)
+    parts = dict(zip(("train", "test"), cut_test(dataset, test_fraction), strict=True))
+    return make_eval_part(name, f"{split} (cut from {shown})", parts[split], len(dataset), reading, notes)
+
+
+def local_path(where: str) -> Path:
+    """A path whose ~ is the user's folder."""
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:
+        raise DataError(f"there is no user whose folder is {where}") from None
 
 
 def labels_of(dataset) -> np.ndarray:

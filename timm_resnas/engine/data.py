@@ -20,7 +20,15 @@ from ..data import (
 from .run import Run, RunError
 from .settings import AugmentOptions, DataOptions
 
-__all__ = ["HASHED_IMAGES", "augmentation", "cached_parts", "cut_validation", "image_pair", "open_splits"]
+__all__ = [
+    "HASHED_IMAGES",
+    "augmentation",
+    "cached_parts",
+    "cut_validation",
+    "image_pair",
+    "open_splits",
+    "without_background",
+]
 
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
@@ -91,7 +99,8 @@ def open_splits(options: DataOptions, **given: Any) -> Splits:
         ValueError: They cannot be opened; the message says what would be right.
     """
     names = ("label_key", "image_key", "train_split", "test_split", "hf_config", "background")
-    return load_splits(options.dataset, **{k: getattr(options, k) for k in names}, **given)
+    asked = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
+    return load_splits(options.dataset, **asked, **given)
 
 
 def cached_parts(run: Run, splits: Splits, cut: Callable[[], tuple]) -> tuple[list[int], list[int], list[Any]]:
@@ -108,3 +117,8 @@ def cached_parts(run: Run, splits: Splits, cut: Callable[[], tuple]) -> tuple[li
     kept = run.cached("data.json", make)
     train, val = read_split(kept, splits.train, where=str(run.state / "data.json"))
     return train, val, kept["more"]
+
+
+def without_background(config: dict[str, Any]) -> dict[str, Any]:
+    """Preprocessing as timm's pretrained_cfg holds it, which has no field for the colour behind transparent pixels."""
+    return {k: v for k, v in config.items() if k != "background"}

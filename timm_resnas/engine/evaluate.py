@@ -16,11 +16,12 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
 from ..data import DataError, EvalPart, load_eval, match_classes
+from ..data.images import WHITE
+from .models import background_of, class_names_of, model_source
 from .run import RunError
 from .settings import EvaluateOptions
 
 __all__ = [
-    "class_names_of",
     "evaluate",
     "format_scores",
     "matched_classes",
@@ -58,7 +59,7 @@ def evaluate(
 
     Returns:
         'images', 'correct', 'top1', and 'top5' where there are more than 5 classes; 'loss' and 'ece' (see the module);
-        'images_per_second' of one process (None with fewer than two full batches).
+        'images_per_second' of one process.
     """
     model.eval()
     device = accelerator.device
@@ -66,7 +67,9 @@ def evaluate(
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, correct
     index = None if classes is None else torch.tensor(classes, device=device)
     seconds: list[tuple[int, float]] = []
+    first: Any = None
     for done, (x, y) in enumerate(batches, start=1):
+        first = x if first is None else first
         if timed and x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -109,10 +112,22 @@ def evaluate(
         scores["loss"] = loss / images
         scores["ece"] = float((bins[1] - bins[2]).abs().sum() / images)
     if timed:
-        size = max((n for n, _ in seconds), default=0)
+        size = max(n for n, _ in seconds)
         full = [s for n, s in seconds if n == size][1:]
-        scores["images_per_second"] = size / statistics.median(full) if full else None
+        scores["images_per_second"] = size / statistics.median(full or [_seconds(accelerator, model, first)])
     return scores
+
+
+def _seconds(accelerator: Accelerator, model: nn.Module, x: torch.Tensor) -> float:
+    """Of the forward pass of a single batch, which was seen once before."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with torch.no_grad(), accelerator.autocast():
+        model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -122,15 +137,6 @@ def format_scores(scores: dict[str, Any]) -> str:
     if scores.get("images_per_second"):
         parts.append(f"{scores['images_per_second']:.1f} images/s")
     return f"{'  '.join(parts)}  ({scores['images']} images)"
-
-
-def class_names_of(model: nn.Module) -> list[str] | None:
-    """Names of a model's classes: those it was saved with, or ImageNet's WordNet ids by their number."""
-    if names := model.pretrained_cfg.get("label_names"):
-        return list(names)
-    # a folder or hub repository of any data set may have 1000 classes; it names them then
-    subset = infer_imagenet_subset(model)
-    return ImageNetInfo(subset).label_names() if subset else None
 
 
 def matched_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
@@ -206,5 +212,9 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
 
 def open_part(options: EvaluateOptions) -> EvalPart:
     """The images to evaluate on: a part that is asked for, or else what `load_eval` finds, whole."""
-    names = ("label_key", "image_key", "hf_config", "background")
-    return load_eval(options.dataset, options.split, **{k: getattr(options, k) for k in names})
+    for name in ("train_split", "test_split"):
+        if getattr(options, name) is not None:
+            raise RunError(f"--{name.replace('_', '-')} is for training; --split names what is evaluated")
+    asked = {k: getattr(options, k) for k in ("label_key", "image_key", "hf_config")}
+    background = options.background or background_of(model_source(options.model)) or WHITE
+    return load_eval(options.dataset, options.split, background=background, **asked)

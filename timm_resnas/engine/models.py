@@ -15,15 +15,24 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..data import match_classes
 from ..hub import HubError, fetch, read_file
-from .evaluate import class_names_of
 from .run import RunError
 
-__all__ = ["align_classes", "classes_in", "model_source", "open_model", "parse_kwargs", "record_of"]
+__all__ = [
+    "align_classes",
+    "background_of",
+    "class_names_of",
+    "classes_in",
+    "model_source",
+    "open_model",
+    "parse_kwargs",
+    "record_of",
+]
 
 
 def parse_kwargs(option: str, items: list[str]) -> dict[str, Any]:
@@ -153,6 +162,15 @@ def record_of(name: str) -> dict[str, Any] | None:
         raise RunError(f"training_data.json of {name} is damaged: it is not JSON") from None
 
 
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes: those it was saved with, or ImageNet's WordNet ids by their number."""
+    if names := model.pretrained_cfg.get("label_names"):
+        return list(names)
+    # a folder or hub repository of any data set may have 1000 classes; it names them then
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_names() if subset else None
+
+
 def align_classes(model: nn.Module, data_names: Sequence[str], what: str, data: str) -> str | None:
     """Bring the outputs of a model's classifiers into the data's order of classes, matched by name.
 
@@ -186,3 +204,10 @@ def align_classes(model: nn.Module, data_names: Sequence[str], what: str, data: 
                     tensor.copy_(tensor[order].clone())
         cfg["label_names"] = list(data_names)
     return None
+
+
+def background_of(name: str) -> str | None:
+    """The colour behind transparent pixels that a saved model was trained with, where it says so."""
+    text = read_file(name, "config.json") if ":" in name else None
+    block = json.loads(text).get("timm_resnas") if text else None
+    return block.get("background") if isinstance(block, dict) else None

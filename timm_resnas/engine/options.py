@@ -83,7 +83,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, doc: str = "", **defa
         parser.print_help()
         parser.exit()
     if "config" in {field.name for field in dataclasses.fields(cls)}:
-        first = argparse.ArgumentParser(add_help=False)
+        first = _Parser(add_help=False)
         first.add_argument("--config")
         path = first.parse_known_args(argv)[0].config
         if path is not None:
@@ -96,6 +96,12 @@ def fixed_options(options: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if not f.metadata["free"]}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line, without the usage of eighty options before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
@@ -103,7 +109,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser(cls: type, doc: str, full: bool) -> argparse.ArgumentParser:
     more = "" if full else "\n\n--help-all shows every option."
-    parser = argparse.ArgumentParser(description=doc.strip() + more, formatter_class=_Formatter)
+    parser = _Parser(description=doc.strip() + more, formatter_class=_Formatter)
     parser.add_argument("--help-all", action="store_true", default=argparse.SUPPRESS, help="show every option")
     hints = typing.get_type_hints(cls)
     groups: dict[str, argparse._ArgumentGroup] = {}

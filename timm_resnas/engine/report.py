@@ -16,29 +16,59 @@ from ..nas.space import SearchSpace
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress
 from .run import RunError, atomic_write, format_minutes, read_json
 
-__all__ = ["report", "results_table", "spearman"]
+__all__ = ["report", "results_table", "spearman", "train_command"]
 
 LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
+RISING = 0.02  # accuracy that the largest network gained between its last two evaluations
+RECORD = {"args", "generation", "key", "macs", "model", "origin", "score"}
 
 
 def report(folder: Path) -> str:
     """Write the report and pictures of a run; returns the table of results.
 
     Raises:
-        RunError: The folder holds no finished search.
+        RunError: The folder holds no finished search, or a file of it is damaged; the message names it.
     """
-    if not (folder / "results.json").is_file():
+    path = folder / "results.json"
+    if not path.is_file():
         raise RunError(f"{folder} holds no results.json; expected the folder of a finished search")
-    results = {**read_json(folder / "results.json"), "folder": str(folder)}
+    results = read_json(path)
     history = read_jsonl(folder / "history.jsonl")
     training = read_jsonl(folder / "training.jsonl")
-    draw_pareto(folder / "pareto.png", results, history)
-    draw_progress(folder / "progress.png", results, history, training)
-    draw_choices(folder / "choices.png", results, history)
-    table = results_table(results)
+    if not history or not all(RECORD <= record.keys() for record in history):
+        raise RunError(f"{folder / 'history.jsonl'} is damaged: its lines must have {', '.join(sorted(RECORD))}")
+    try:
+        results = {**results, "folder": str(folder)}
+        table = results_table(results)
+        text = markdown(results, history, training, table)
+        draw_pareto(folder / "pareto.png", results, history)
+        draw_progress(folder / "progress.png", results, history, training)
+        draw_choices(folder / "choices.png", results, history)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise RunError(f"{path} is damaged: it is not what a search writes ({type(e).__name__}: {e})") from e
     with atomic_write(folder / "report.md") as fresh:
-        fresh.write_text(markdown(results, history, table), encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
     return table
+
+
+def train_command(folder: str | Path, dataset: str) -> str:
+    """How the found network is trained with all training images."""
+    return (
+        f"accelerate launch recipes/train.py --model {folder}/best --pretrained --dataset {dataset} "
+        f"--val-per-class 0 --lr 2e-4"
+    )
+
+
+def improving(training: list[dict[str, Any]]) -> str | None:
+    """A hint where the supernet had not finished learning, so that inherited weights say less than they could."""
+    values = [r["accuracy"]["largest"] for r in training if "largest" in r["accuracy"]]
+    if len(values) < 2 or values[-1] - values[-2] < RISING:
+        return None
+    return (
+        f"**The supernet was still improving when its training ended** ({values[-2]:.3f} to {values[-1]:.3f} in its "
+        f"last {training[-1]['epoch'] - training[-2]['epoch']} epochs): inherited weights are then well below what the "
+        f"network reaches when it is trained by itself. More `--epochs`, or the command below."
+    )
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -47,7 +77,7 @@ def results_table(results: dict[str, Any]) -> str:
     def row(name: str, macs: float, params: float, val: str, test: str) -> tuple[str, ...]:
         return name, format_cost("macs", macs), format_cost("params", params), val, test
 
-    rows = [("network", "MACs", "params", "search-val", "test")]
+    rows = [("network", "MACs", "params", "validation", "test")]
     for name in ("best", "largest"):
         r = results[name]
         val, test = (accuracies(results, [r], s)[0] for s in ("val", "test"))
@@ -106,12 +136,13 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
     return lines
 
 
-def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str) -> str:
+def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: list[dict[str, Any]], table: str) -> str:
+    """The report's text."""
     arch = Arch.from_record(results["best"])
     model_args = SearchSpace.from_dict(results["space_dict"]).model_args
     shown = [name for name in LABELS if name in results["front"][0]]
     points = [
-        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | search-val |",
+        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |",
         "|---|" + "---|" * (len(shown) + 1),
     ]
     for k, p in enumerate(results["front"], start=1):
@@ -133,12 +164,15 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         "",
         table,
         "",
+        "Validation: images cut from the training part, which candidates were scored on; test: images that nothing was "
+        "chosen on.",
+        *(["", hint] if (hint := improving(training)) else []),
+        "",
         "Weights are inherited from the supernet. This trains the found network with all training images, those that "
         "candidates were scored on included:",
         "",
         "```bash",
-        f"accelerate launch recipes/train.py --model {results['folder']}/best --pretrained --dataset "
-        f"{results['dataset']} --val-per-class 0 --lr 2e-4",
+        train_command(results["folder"], results["dataset"]),
         "```",
         *(["", f"The search ended early ({results['ended_early']})."] if results["ended_early"] else []),
         "",

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,10 @@ def _launched() -> bool:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(b"accelerate" in word for word in words) and b"launch" in words
+    names = [word.rpartition(b"/")[2] for word in words]
+    if b"accelerate-launch" in names or b"accelerate.commands.launch" in names:
+        return True
+    return b"accelerate" in names and b"launch" in names
 
 
 def end_with_launcher() -> None:
@@ -139,9 +143,10 @@ class Run:
         self.folder = Path(options.output) / (options.name or name)
         self.state = self.folder / "state"
         self.is_main = accelerator.is_main_process
+        self.num_processes = accelerator.num_processes
         self._accelerator = accelerator
         self._config = {k: v for k, v in dataclasses.asdict(options).items() if k != "config"}
-        self._lock: Any = None
+        self._locked = False
         path = self.folder / "config.yaml"
         self.resumed = path.exists()
         if self.resumed:
@@ -173,24 +178,25 @@ class Run:
         return old
 
     def _take_lock(self) -> None:
-        if fcntl is None or not self.is_main or self._lock is not None:
+        if fcntl is None or not self.is_main or self._locked:
             return
         self.state.mkdir(parents=True, exist_ok=True)
-        lock = (self.state / "lock").open("a+", encoding="utf-8")
+        path = self.state / "lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, lock)  # held as long as this run, and until its process ends, however it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
+            owner = path.read_text(encoding="utf-8", errors="replace").strip() or "another run"
             raise RunError(
-                f"{self.folder} is in use by {lock.read().strip() or 'another run'}; wait until it ends, end it, or "
-                f"give this run another --name"
+                f"{self.folder} is in use by {owner}; wait until it ends, end it, or give this run another --name"
             ) from None
         except OSError:  # a file system without locks
             return
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        lock.flush()
-        self._lock = lock  # held until this process ends, however it ends
+        os.truncate(lock, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
+        self._locked = True
 
     def begin(self) -> None:
         """Everything asked for is possible: the folder is this run's from now on (config.yaml), trackers start."""

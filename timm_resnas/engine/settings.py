@@ -63,7 +63,9 @@ class DataOptions:
     train_split: str | None = option(None, "name of the part to train on (default: found)", metavar="PART")
     test_split: str | None = option(None, "name of the part to test on (default: found)", metavar="PART")
     hf_config: str | None = option(None, "configuration of a hf: data set that has several", metavar="NAME")
-    background: str = option("white", "colour behind transparent pictures: a name or #rrggbb", metavar="COLOUR")
+    background: str | None = option(
+        None, "colour behind transparent pictures, a name or #rrggbb (default: white, or the model's)", metavar="COLOUR"
+    )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,15 @@ from ..nas.sampling import MultiArchSampler, SandwichSampler
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..tasks import SupernetTask, TokenLabelLoss
-from .data import HASHED_IMAGES, augmentation, cached_parts, cut_validation, image_pair, open_splits
+from .data import (
+    HASHED_IMAGES,
+    augmentation,
+    cached_parts,
+    cut_validation,
+    image_pair,
+    open_splits,
+    without_background,
+)
 from .processes import full_precision
 from .run import Run, RunError, read_json
 from .seeds import Stream, generator, step_seed
@@ -92,7 +100,7 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
         raise RunError(
             f"--batch-size {options.batch_size} is more than the {len(train)} training images of {options.dataset}"
         )
-    config = default_data_config(splits, size, indices=train)
+    config = {**default_data_config(splits, size, indices=train), "background": splits.background}
     return SearchData(splits, space.at(img_size=size, num_classes=splits.num_classes), train, val, config)
 
 
@@ -115,7 +123,7 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
         data.space.supernet,
         space=data.space.to_dict(),
         drop_path_rate=options.drop_path,
-        pretrained_cfg_overlay={**data.config, "num_classes": data.splits.num_classes},
+        pretrained_cfg_overlay={**without_background(data.config), "num_classes": data.splits.num_classes},
         **given,
     )
 
@@ -216,6 +224,7 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
                 run / "supernet",
                 info={**info, "epochs": options.epochs},
                 label_names=data.splits.class_names,
+                data_config=data.config,
                 files={"training_data.json": json.dumps(seen) + "\n"},
             )
         shutil.rmtree(run.state / "training", ignore_errors=True)
@@ -254,4 +263,5 @@ def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
     space = net.space
     if config.get("supernet") and config.get("space"):  # a part of the supernet's
         space = open_space(config["space"]).at(**space.model_args)
-    return options, SearchData(splits, space, train, val, resolve_model_data_config(net)), net
+    config = {**resolve_model_data_config(net), "background": splits.background}
+    return options, SearchData(splits, space, train, val, config), net

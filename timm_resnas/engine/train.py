@@ -40,9 +40,9 @@ from ..data import (
 )
 from ..hub import save_pretrained
 from ..tasks import HardLabelDistillationTask, MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
-from .data import augmentation, cached_parts, cut_validation, image_pair, open_splits
-from .evaluate import class_names_of, evaluate, format_scores
-from .models import align_classes, model_source, open_model, parse_kwargs, record_of
+from .data import augmentation, cached_parts, cut_validation, image_pair, open_splits, without_background
+from .evaluate import evaluate, format_scores
+from .models import align_classes, class_names_of, model_source, open_model, parse_kwargs, record_of
 from .processes import full_precision
 from .run import Run, RunError
 from .seeds import Stream, step_seed
@@ -132,7 +132,7 @@ def prepare(options: TrainOptions, run: Run) -> tuple[nn.Module, TrainData]:
             f"--multi-scale needs a model for images of any size; {options.model} is built for one image size"
         )
     # what the task, the teacher and the saved folder take the model's preprocessing from
-    model.pretrained_cfg.update(config, num_classes=splits.num_classes)
+    model.pretrained_cfg.update(without_background(config), num_classes=splits.num_classes)
     return model, TrainData(splits, train, val, config)
 
 
@@ -409,7 +409,14 @@ class ModelTraining(Training):
         }
         model, data = self.weights()[weights], self.data
         with full_precision(model):
-            save_pretrained(model, folder, info=facts, label_names=data.splits.class_names, data_config=data.config)
+            save_pretrained(
+                model,
+                folder,
+                info=facts,
+                label_names=data.splits.class_names,
+                data_config=data.config,
+                base_model=True if self.options.pretrained and timm.is_model(self.options.model) else None,
+            )
 
     def choose(self) -> dict[str, Any]:
         """Make ``best/``; returns 'epoch', 'weights', 'by' and 'val_top1'."""
@@ -463,7 +470,9 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
     best = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).to(accelerator.device)
     models = {**{f"last {k}": m for k, m in training.weights().items()}, "best": best}
     for name, model in models.items():
-        config = resolve_model_data_config(model) if name == "best" else data.config
+        config = data.config
+        if name == "best":
+            config = {**resolve_model_data_config(model), "background": data.splits.background}
         tests[name] = evaluate(accelerator, model, batches(data.splits.test, config))
         which = f" (epoch {chosen['epoch']}, {chosen['weights']})" if name == "best" else ""
         run.print(f"  {name + which:24} {format_scores(tests[name])}")

@@ -284,17 +284,17 @@ class _Contention:
             self.count = None
 
 
-def check_passes(options: Any, world: int, groups: int = 1) -> None:
-    """Whether a batch can be dealt to processes and passes (of ``groups`` sub-networks over all of them).
+def check_passes(options: Any, world: int, groups: int | None = None) -> None:
+    """Whether a batch can be dealt to processes and passes, and with it ``groups`` sub-networks.
 
     Raises:
         RunError: It cannot.
     """
     passes = world * options.accumulate
     where = f"{world} process{'es' * (world > 1)} of {options.accumulate} pass{'es' * (options.accumulate > 1)}"
-    if groups > 1 and groups % passes:
+    if groups is not None and groups % passes:
         raise RunError(f"--num-archs {groups} cannot be dealt evenly to {where}; take a multiple of {passes}")
-    if groups > 1 and options.batch_size % groups:
+    if groups is not None and options.batch_size % groups:
         raise RunError(f"--batch-size {options.batch_size} is not a multiple of --num-archs {groups}")
     if options.batch_size % passes:
         raise RunError(

@@ -62,7 +62,7 @@ def save_pretrained(
             ``timm_resnas``, which timm ignores.
         label_names: Class names in the order of the classifier's outputs; integers are written as texts.
         data_config: Preprocessing (``input_size, mean, std, crop_pct, interpolation, …``) where it differs from the
-            model's own.
+            model's own; ``background`` is the colour behind transparent pixels.
         base_model: What the weights were trained on from: a repository or name; True for the weights that the model's
             ``pretrained_cfg`` names, of a model that was created with ``pretrained=True``.
         golden: Also store an input and its logits, which `load` can check.
@@ -93,7 +93,10 @@ def save_pretrained(
         del tensors
         block["sha256"] = {WEIGHTS: sha256_of(fresh / WEIGHTS)}
         config["timm_resnas"] = block
-        save_config_for_hf(model, fresh / CONFIG, model_config=config, data_config=dict(data_config or {}) or None)
+        preprocessing = dict(data_config or {})
+        if (background := preprocessing.pop("background", None)) is not None:  # timm's configuration has no such field
+            block["background"] = background
+        save_config_for_hf(model, fresh / CONFIG, model_config=config, data_config=preprocessing or None)
         _state_origin(fresh / CONFIG, block.get("license"))
         stored = _read_back(model, fresh, folder)
         if golden and stored is not None:

@@ -10,8 +10,8 @@ larger window.
 
 Beyond the released code, which is for 224 pixels only:
 
-* Any image size works. The map is padded to whole windows; padding is never a key, and is zero where windows are mixed. The
-  table of window tokens is stored as a map `[1, C, rows, columns]` of windows and resampled.
+* Any image size works. The map is padded to whole windows; padding is never a key, and is zero where windows are mixed.
+  The table of window tokens is stored as a map `[1, C, rows, columns]` of windows and resampled.
 * `checkpoint_filter_fn` maps the released layout. A block whose window covers the map has neither window tokens nor
   attention between windows, as in the released code.
 """

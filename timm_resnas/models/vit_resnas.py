@@ -99,7 +99,7 @@ class ConvPatchEmbed(nn.Module):
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Input of :attr:`projection`, [B, mid, H/2, W/2]; channels last, so that the projection yields tokens."""
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(x).contiguous(memory_format=torch.channels_last)
         return x + self.conv3(self.conv2(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,9 +184,8 @@ class SpatialReduction(nn.Module):
             pos_embed = resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=False)
         shortcut, x = x, self.norm(x)
         tokens = self.token_transform(x[:, : self.num_prefix_tokens])
-        # contiguous: for channels-last input a convolution on a CPU copies its weights, here far larger than the map
-        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :], grid).contiguous())
-        x = torch.cat([tokens, patches.flatten(2).transpose(1, 2) + pos_embed], dim=1)
+        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :], grid)).flatten(2).transpose(1, 2)
+        x = torch.cat([tokens, patches + pos_embed], dim=1)
 
         pooled = F.avg_pool2d(self.to_map(shortcut[:, self.num_prefix_tokens :], grid), 2).flatten(2).transpose(1, 2)
         shortcut = torch.cat([shortcut[:, : self.num_prefix_tokens], pooled], dim=1)

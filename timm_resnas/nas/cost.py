@@ -108,6 +108,8 @@ class Budget:
             except (TypeError, KeyError, InvalidOperation):
                 known = ", ".join(u for u in units if u) or "none"
                 raise ValueError(f"budget {text!r}: cannot read {value!r}; expected a number, units: {known}") from None
+            if number > 1e18:  # also what float cannot hold
+                raise ValueError(f"budget {text!r}: {value} is beyond what any network costs")
             limits[name] = float(number) if name in ("latency_ms", "lower") else int(number)
         return cls(**limits)
 
