@@ -258,3 +258,13 @@ def test_channels_of_grey_models():
     assert D.eval_batches(data, D.eval_transform(grey)).images.shape == (1, 1, 24, 32)
     with pytest.raises(D.DataError, match="mean has 3 numbers, the model 2 input channels; give --mean"):
         D.adapt_channels(config, 2)
+
+
+def test_a_large_image_is_opened_without_a_warning(monkeypatch):
+    # warnings are errors in tests
+    item = {"bytes": saved(noise(0, size=(40, 30))), "path": None}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode(item).size == (40, 30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(Image.DecompressionBombError):
+        decode(item)

@@ -125,7 +125,7 @@ def open_image(item: dict | None) -> Image.Image:
     if item["bytes"] is None and "://" in item["path"]:
         return require("datasets").Image().decode_example(item)  # a remote file
     try:
-        return Image.open(item["path"] if item["bytes"] is None else BytesIO(item["bytes"]))
+        return _open(item["path"] if item["bytes"] is None else BytesIO(item["bytes"]))
     except (ValueError, SyntaxError, Image.UnidentifiedImageError):
         data = item["bytes"]
         if data is None:
@@ -133,7 +133,15 @@ def open_image(item: dict | None) -> Image.Image:
                 data = file.read()
         if (pixels := _png_pixels(data)) is None:
             raise
-        return Image.open(BytesIO(pixels))
+        return _open(BytesIO(pixels))
+
+
+def _open(source: str | BytesIO) -> Image.Image:
+    with (
+        warnings.catch_warnings()
+    ):  # an image of 90 to 179 million pixels is large, not an attack; above, Pillow refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
 
 
 def _png_pixels(data: bytes) -> bytes | None:

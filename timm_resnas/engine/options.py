@@ -155,7 +155,9 @@ def _reader(kind: type, interval: str | None) -> Any:
 
     def read(value: Any) -> Any:
         try:
-            if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float) and value != int(value)):
+            if isinstance(value, bool | list | dict) or (
+                kind is int and isinstance(value, float) and value != int(value)
+            ):
                 raise ValueError
             number = kind(value)
         except (TypeError, ValueError, OverflowError):
