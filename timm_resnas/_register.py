@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -58,7 +58,7 @@ class _Finder(MetaPathFinder):
         return None
 
 
-class _Loader:
+class _Loader(Loader):
     """A loader after whose module the models are imported, when that is complete: no import meets half of another."""
 
     def __init__(self, finder: _Finder, loader: Any) -> None:
@@ -66,6 +66,9 @@ class _Loader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader  # nobody else sees this one
