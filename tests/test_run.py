@@ -265,8 +265,8 @@ def test_a_read_only_output(tmp_path, capsys):
 
 LAUNCHED = """
 import sys, time
-from accelerate import Accelerator
-from timm_resnas.engine.run import RunError, cli_errors, end_with_launcher
+from timm_resnas.engine.launcher import end_with_launcher
+from timm_resnas.engine.run import RunError, cli_errors
 
 end_with_launcher()
 with cli_errors("some.py"):
@@ -277,11 +277,14 @@ with cli_errors("some.py"):
 """
 
 
-def launch(tmp_path, *given, module=True):
+PROGRAM = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+MODULE = ["-m", "accelerate.commands.launch"]
+
+
+def launch(tmp_path, launcher, *given):
     (tmp_path / "some.py").write_text(LAUNCHED)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    start = ["-m", "accelerate.commands.launch"] if module else [str(Path(sys.executable).with_name("accelerate"))]
-    command = [sys.executable, *start, *([] if module else ["launch"]), str(tmp_path / "some.py"), *given]
+    command = [sys.executable, *launcher, str(tmp_path / "some.py"), *given]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
@@ -291,8 +294,10 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @needs_linux
-def test_the_launcher_adds_nothing_to_an_error(tmp_path):
-    process = launch(tmp_path, "error", module=False)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_adds_nothing_to_an_error(processes, tmp_path):
+    several = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else []
+    process = launch(tmp_path, [*PROGRAM, *several], "error")
     _, err = process.communicate(timeout=100)
     ours = [line for line in err.splitlines() if "Traceback" in line or "error" in line.lower()]
     assert ours == ["some.py: error: what is wrong"] and process.returncode != 0
@@ -300,7 +305,7 @@ def test_the_launcher_adds_nothing_to_an_error(tmp_path):
 
 @needs_linux
 def test_the_trainer_ends_with_its_launcher(tmp_path):
-    process = launch(tmp_path, "wait")
+    process = launch(tmp_path, MODULE, "wait")
     assert process.stdout.readline() == "ready\n"
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGTERM)

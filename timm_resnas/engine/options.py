@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .launcher import fail
+
 __all__ = ["fixed_options", "option", "parse"]
 
 T = TypeVar("T")
@@ -99,7 +101,7 @@ def fixed_options(options: Any) -> dict[str, Any]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """One line, without the usage of eighty options before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(self.prog, f"error: {message}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

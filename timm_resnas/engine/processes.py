@@ -15,7 +15,8 @@ from accelerate.utils import LoggerType, broadcast_object_list, set_seed
 from torch import nn
 from torch.distributed import TCPStore
 
-from .run import RunError, end_with_launcher
+from .launcher import end_with_launcher
+from .run import RunError
 
 __all__ = ["agree", "full_precision", "shared_counter", "start"]
 

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .launcher import fail
 from .options import fixed_options
 
 try:
@@ -46,55 +46,16 @@ class RunError(ValueError):
 
 @contextlib.contextmanager
 def cli_errors(name: str) -> Iterator[None]:
-    """Turn expected errors into one message and exit status 2.
-
-    The first process speaks. Another one does so a little later: where all have the error, the launcher has ended it by
-    then.
-    """
+    """Turn expected errors into one message and exit status 2; see `launcher.fail`."""
     try:
         yield
     except (ValueError, ImportError, OSError) as e:
         if os.environ.get("TIMM_RESNAS_DEBUG"):
             raise
-        rank = int(os.environ.get("RANK") or 0)
-        if rank:
-            time.sleep(3)
         text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e) or type(e).__name__
-        print(f"{name}: error{f' in process {rank}' * bool(rank)}: {text}", file=sys.stderr, flush=True)
-        _end_launcher()
-        sys.exit(2)
+        fail(name, f"error: {text}")
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues the run", file=sys.stderr, flush=True)
-        _end_launcher()
-        sys.exit(130)
-
-
-def _end_launcher() -> None:
-    """`accelerate launch` of one process would print its own traceback below the message."""
-    if "RANK" not in os.environ and _launched():
-        with contextlib.suppress(OSError):
-            os.kill(os.getppid(), signal.SIGTERM)
-
-
-def _launched() -> bool:
-    """Whether this process was started by `accelerate launch` (Linux)."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    names = [word.rpartition(b"/")[2] for word in words]
-    if b"accelerate-launch" in names or b"accelerate.commands.launch" in names:
-        return True
-    return b"accelerate" in names and b"launch" in names
-
-
-def end_with_launcher() -> None:
-    """Let this process be ended when its launcher is, instead of training on unseen (Linux)."""
-    if sys.platform == "linux" and _launched():
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        fail(name, "interrupted; the same command continues the run", 130)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
