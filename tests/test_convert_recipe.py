@@ -7,13 +7,13 @@ import pickle
 import re
 from pathlib import Path
 
-import convert
 import pytest
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from recipes import convert
 from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push, sha256_of
 
 URL = "https://example.org/weights"

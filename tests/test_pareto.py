@@ -13,10 +13,11 @@ import torch
 
 pytest.importorskip("pymoo")
 
-import benchmark_pareto
 from test_evolution import every_network, separable_score, small_space, toy_score
 
+from recipes import benchmark_pareto
 from timm_resnas.arch import Arch
+from timm_resnas.data import load_splits, split_record
 from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.hub import save_pretrained
 from timm_resnas.models.network_def import Block
@@ -224,7 +225,10 @@ def test_benchmark_of_a_run(tmp_path, capsys):
     save_pretrained(net, tmp_path / "supernet", info={"space": MICRO.to_dict()})
     (tmp_path / "config.yaml").write_text("dataset: digits\n")
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "data.json").write_text(json.dumps([list(range(30, 60)), list(range(20))]))
+    splits = load_splits("digits")
+    val = list(range(20))
+    record = split_record(splits.train, range(20, len(splits.train)), val)
+    (tmp_path / "state" / "data.json").write_text(json.dumps(record))
     command = [str(tmp_path), "--evaluations", "12", "--population", "8", "--children", "4", "--seeds", "1"]
     benchmark_pareto.main([*command, "--json", str(tmp_path / "first.json")])
     assert "20 validation images" in capsys.readouterr().out

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import huggingface_hub
-import publish
 import pytest
-import search
 from accelerate.state import AcceleratorState, PartialState
 from hub_server import ask_for_no_agents, running
 from safetensors.torch import load_file, save_file
 
+from recipes import publish, search
+from timm_resnas.engine import publish as engine_publish
 from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 QUICK = [
     *("--cpu", "--threads", "1", "--eval-every", "1", "--warmup-epochs", "0", "--population", "6"),
     *("--iterations", "2", "--parents", "4", "--mutations", "2", "--crossovers", "2"),
-    *("--num-random", "2", "--num-spread", "3"),
+    *("--num-random", "2", "--num-any-cost", "3"),
 ]
 
 
@@ -54,7 +54,7 @@ def remote(server, tmp_path, monkeypatch):
     ask_for_no_agents(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(publish, "push", functools.partial(push, endpoint=server.url))
+    monkeypatch.setattr(engine_publish, "push", functools.partial(push, endpoint=server.url))
     return server
 
 
