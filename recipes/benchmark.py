@@ -7,7 +7,7 @@
 multi-architecture computation of the same sub-networks, the plain largest network, and a plain network whose MACs are
 the mean of the sub-networks'. The arithmetic limit is the largest network's MACs over the sub-networks' mean: what
 sliced would gain over the largest if arithmetic were all that counts. Peak memory is what a step adds to what the
-network itself takes, each in a process of its own.
+network itself takes, each in a separate process.
 
     python recipes/benchmark.py search --space vit_resnas_tiny --images 256
 
@@ -60,7 +60,7 @@ MODES = ("masked", "sliced", "largest", "average")
 
 
 def average_network(space: SearchSpace, macs: float) -> Arch:
-    """A sub-network of about so many MACs, of middling width in every stage."""
+    """A sub-network whose MACs are nearest to ``macs``."""
     candidates = space.sample_many(2000, np.random.default_rng(0))
     return min(candidates, key=lambda a: abs(space.costs(a)["macs"] - macs))
 
@@ -196,7 +196,7 @@ def search(args: argparse.Namespace) -> None:
         return out
 
     net.forward_shared = timed
-    ours, forward, anew, build = [], [], [], []
+    ours, forward, singly, build = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         evaluator = Evaluator(net, batches, folder=folder)
         evaluator.score([space.smallest])  # what networks share, once in a search
@@ -216,16 +216,16 @@ def search(args: argparse.Namespace) -> None:
                 model.load_state_dict(net.sliced_state_dict(arch, model))
                 built += time.perf_counter() - start
                 if count_correct(model.eval(), batches)[0] != score:
-                    raise RunError(f"{arch} scores differently as a network of its own")
-            anew.append((time.perf_counter() - begin) / len(archs))
+                    raise RunError(f"{arch} scores differently when it is built singly")
+            singly.append((time.perf_counter() - begin) / len(archs))
             build.append(built / len(archs))
     print(
         f"{args.space}, {args.images} images of {net.img_size[0]} px, {args.candidates} candidates of {budget}, "
         f"{args.rounds} rounds, CPU, {torch.get_num_threads()} threads; medians per candidate"
     )
-    ratio = statistics.median(b / a for a, b in zip(ours, anew, strict=True))
+    ratio = statistics.median(b / a for a, b in zip(ours, singly, strict=True))
     share = statistics.median(1 - f / a for a, f in zip(ours, forward, strict=True))
-    a, f, b, c = (statistics.median(v) for v in (ours, forward, anew, build))
+    a, f, b, c = (statistics.median(v) for v in (ours, forward, singly, build))
     print(f"ours        {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
     print(f"built singly  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
     print(f"ours is {ratio:.2f}x as fast (median of the rounds' ratios)")
@@ -324,7 +324,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", metavar="FILE", help="also write every measurement")
     verb.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
 
-    verb = verbs.add_parser("search", help="scoring candidates: ours against building each anew")
+    verb = verbs.add_parser("search", help="scoring candidates: ours against building each one")
     verb.set_defaults(run=search)
     verb.add_argument("--space", default="vit_resnas_tiny")
     verb.add_argument("--budget", default="macs=50%")

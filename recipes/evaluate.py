@@ -66,16 +66,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         config = resolve_model_data_config(model, args={k: v for k, v in wanted.items() if v is not None})
         if options.img_size:
             config["input_size"] = (config["input_size"][0], *image_pair(options.img_size))
-        splits, part = job.open_split(options)
+        found = job.open_part(options)
+        part, config["background"] = found.dataset, found.background
         real = None
         if options.real_labels is not None:
             real = job.read_real_labels(options.real_labels, part)
             part = part.remove_columns("label").add_column("label", np.arange(len(part)))  # labels are images' numbers
             classes = None
         elif options.valid_labels is not None:
-            classes = job.read_valid_labels(options.valid_labels, model, splits.num_classes)
+            classes = job.read_valid_labels(options.valid_labels, model, found.num_classes)
         else:
-            classes = job.match_classes(model, splits.class_names)
+            classes = job.matched_classes(model, found.class_names)
         batches = eval_batches(
             part,
             eval_transform(config),
@@ -92,8 +93,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "model": options.model,
             "params": sum(p.numel() for p in model.parameters()),
             "dataset": options.dataset,
-            "split": options.split,
-            "classes": splits.num_classes if real is None else model.num_classes,
+            "split": found.split,
+            "images_in_split": found.total,
+            "classes": found.num_classes if real is None else model.num_classes,
             "labels": "data" if real is None else "real",
             **{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
             "batch_size": options.batch_size,
@@ -104,7 +106,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if options.json == "-":
                 print(json.dumps(result, indent=1))
             else:
-                print(f"{options.model} on {options.dataset}, {options.split}, {result['input_size'][1:]} px")
+                for note in found.notes:
+                    print(f"note: {note}")
+                height, width = result["input_size"][1:]
+                print(
+                    f"{options.model} on {options.dataset}, {found.split}: {len(part)} of {found.total} images, "
+                    f"{height} x {width} px"
+                )
                 print(job.format_scores(scores))
                 if file is not None:
                     with atomic_write(file) as fresh:

@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{len(data.splits.test)} to test; {data.splits.num_classes} classes; budget {budget or 'none'}"
         )
         job.print_notes(run, data, budget, note)
+        job.print_plan(options, run, data, search, accelerator.device)
 
         if options.supernet is None:
             net = train_supernet(options, accelerator, run, data)

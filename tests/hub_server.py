@@ -141,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if kind == "status":
                 raise Reply(self.fault["status"], {"error": "injected"}, self.fault.get("headers"))
+            if kind == "answer":
+                raise Reply(200, self.fault["text"].encode())
             self.dispatch(path, body)
             raise Reply(500, {"error": "no reply"})
         except Reply as reply:
@@ -166,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def send(self, reply):
+        if self.fault and self.fault["kind"] in ("flood", "drip") and self.command == "GET":
+            return self.pour(reply)
         self.send_response(reply.status)
         for key, value in reply.headers.items():
             self.send_header(key, value)
@@ -178,6 +182,24 @@ class Handler(BaseHTTPRequestHandler):
                 body = body[: len(body) // 2]
                 self.close_connection = True
             self.wfile.write(body)
+
+    def pour(self, reply):
+        """An answer of another length than promised, in chunks: a flood at once, a drip slowly."""
+        self.close_connection = True
+        self.send_response(200)
+        for key, value in reply.headers.items():
+            if key not in ("Content-Length", "Content-Range"):
+                self.send_header(key, value)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        flood = self.fault["kind"] == "flood"
+        chunk = b"x" * (1 << 20 if flood else 1)
+        with contextlib.suppress(OSError):  # the client has heard enough
+            for _ in range(self.fault["chunks"]):
+                self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
+                if not flood:
+                    time.sleep(0.02)
+            self.wfile.write(b"0\r\n\r\n")
 
     # -- who asks for what
 
@@ -433,7 +455,8 @@ class Hub:
     def fail(self, match, kind="status", times=1, **more):
         """Let the next ``times`` requests that match 'METHOD /path' fail.
 
-        Kinds: status, reset (before it is done), reset_after (done, but no answer), truncate (the answer), slow.
+        Kinds: status, reset (before it is done), reset_after (done, but no answer), truncate (the answer), slow,
+        answer (with ``text``), flood and drip (``chunks`` of a file, without end or slowly).
         """
         self._ask("fail", match=match, kind=kind, times=times, **more)
 
@@ -471,6 +494,15 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
         }
+
+
+def ask_for_no_agents(monkeypatch):
+    """Newer clients ask the Hub once a day which programs it calls agents; these tests count requests."""
+    try:
+        from huggingface_hub.utils import _detect_agent
+    except ImportError:
+        return
+    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push
+from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push, sha256_of
 
 URL = "https://example.org/weights"
 
@@ -81,7 +81,7 @@ def test_released_layout_becomes_a_folder_with_the_authors_logits(name, golden, 
     source = info["converted_from"]
     assert info["license"] == "cc-by-nc-4.0" and info["reference"]["largest_difference"] <= 1e-4
     assert (source["url"], source["file"], source["epoch"], source["weights"]) == (URL, "released.pth", 299, "model")
-    assert source["sha256"] == convert.digest(file)
+    assert source["sha256"] == sha256_of(file)
     card = push(out, "alice/net", dry_run=True).card
     assert "license: cc-by-nc-4.0" in card and source["sha256"] in card and "model-index" not in card
     assert URL in card

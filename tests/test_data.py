@@ -264,7 +264,7 @@ def test_imagefolder_errors(tmp_path):
     noise(0).save(tmp_path / "train" / "a.png")
     with pytest.raises(D.DataError, match="train holds no class folders"):
         load()
-    (tmp_path / "bus").mkdir()  # now train/ is a class of its own
+    (tmp_path / "bus").mkdir()  # now train/ is a class
     for name in ("1.png", "2.png"):
         noise(1).save(tmp_path / "bus" / name)
     with pytest.raises(D.DataError, match="class 'train' has a single image"):

@@ -128,7 +128,9 @@ def test_background_of_a_data_set(tmp_path):
     assert splits.notes == ("6 of 10 images have transparent pixels; they show the background #808080 (--background)",)
     assert D.default_data_config(splits, 32)["background"] == "#808080"
     assert "background" not in D.default_data_config(D.load_splits(name), 32)
-    assert D.load_eval(name).notes[0].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    assert (
+        D.load_eval(name).notes[-1].startswith("6 of 10 images have transparent pixels; they show the background #ff")
+    )
 
 
 # -- depth ------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,7 @@ def test_missing_images_are_left_out_and_counted(tmp_path, caplog):
     hashes = D.content_hashes(data)
     assert [k for k, h in enumerate(hashes) if not h] == [5, 6, 7] and len(set(hashes)) == 22
     assert D.content_hashes(data, of="bytes")[5:8] == [""] * 3
+    assert D.repeated(["", "a"]) == [True, False]
     flags = D.repeated(hashes, hashes[:1])
     assert [k for k, f in enumerate(flags) if f] == [0, 5, 6, 7]
     assert D.find_leaks(data, [5, 6, 8], [7, 9], data.select([5, 6, 7]))["train_test"] == []
@@ -255,3 +258,13 @@ def test_channels_of_grey_models():
     assert D.eval_batches(data, D.eval_transform(grey)).images.shape == (1, 1, 24, 32)
     with pytest.raises(D.DataError, match="mean has 3 numbers, the model 2 input channels; give --mean"):
         D.adapt_channels(config, 2)
+
+
+def test_a_large_image_is_opened_without_a_warning(monkeypatch):
+    # warnings are errors in tests
+    item = {"bytes": saved(noise(0, size=(40, 30))), "path": None}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode(item).size == (40, 30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(Image.DecompressionBombError):
+        decode(item)

@@ -225,6 +225,7 @@ print(json.dumps(dict(
     pretrained=sorted(set(timm.list_pretrained()) - set(pretrained)),
     modules=sorted(set(sys.modules) - modules),
 )))
+warnings.simplefilter("ignore")  # at exit, torch 2.6 has one about a temporary folder of its own
 """
 
 

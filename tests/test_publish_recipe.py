@@ -14,8 +14,7 @@ import publish
 import pytest
 import search
 from accelerate.state import AcceleratorState, PartialState
-from hub_server import running
-from huggingface_hub.utils import _detect_agent
+from hub_server import ask_for_no_agents, running
 from safetensors.torch import load_file, save_file
 
 from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push
@@ -52,7 +51,7 @@ def remote(server, tmp_path, monkeypatch):
     server.reset()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
+    ask_for_no_agents(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(publish, "push", functools.partial(push, endpoint=server.url))
@@ -230,5 +229,5 @@ def test_weights_that_changed_are_not_published(remote, run, tmp_path, capsys):
     save_file(weights, other / WEIGHTS)
     with pytest.raises(SystemExit):
         publish.main([str(other), "--repo", "alice/x"])
-    assert "differ from the stored ones" in capsys.readouterr().err
+    assert "its sha256 differs from the one in config.json" in capsys.readouterr().err
     assert remote.repo("alice/x") is None

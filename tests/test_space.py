@@ -10,6 +10,7 @@ import pytest
 
 from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.models.network_def import Block, NetworkDef, Reduction
+from timm_resnas.nas import generator
 from timm_resnas.nas import space as space_module
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.space import BudgetError, SearchSpace
@@ -484,7 +485,7 @@ def test_generator_statistics_of_the_paper(name, limit):
 @pytest.mark.parametrize("fraction, free_steps", [(0.45, 100), (0.45, 20), (0.75, 100)])
 def test_generator_equals_slow_one(fraction, free_steps, monkeypatch):
     # cascade, every kind of step, and a walk that ends in either phase
-    monkeypatch.setattr(space_module, "_FREE_STEPS", free_steps)
+    monkeypatch.setattr(generator, "FREE_STEPS", free_steps)
     space = toy_space()
     limit = int(fraction * space.costs(space.largest)["macs"])
     budget = Budget(macs=limit, lower=0.9)
@@ -498,7 +499,7 @@ def test_walks_end_at_the_limit():
     for name, fraction in (("macs", 0.35), ("params", 0.35), ("memory", 0.6)):
         space = SearchSpace.preset("mini" if name == "params" else "micro")
         limit = fraction * space.costs(space.largest)[name]
-        rows = space._generate(1000, np.random.default_rng(0), Budget(**{name: limit}))
+        rows = generator.generate(space, 1000, np.random.default_rng(0), Budget(**{name: limit}))
         costs = space.table(name).cost(rows)
         assert (costs <= limit).all()
         if name != "memory":  # one step more than needed would end lower
@@ -508,10 +509,10 @@ def test_walks_end_at_the_limit():
 def test_listed_starts_equal_rejection(monkeypatch):
     space = toy_space()
     floor = 0.7 * space.costs(space.largest)["macs"]
-    listed, costs = space._listed_starts(8000, np.random.default_rng(0), "macs", floor)
+    listed, costs = generator.listed_starts(space, 8000, np.random.default_rng(0), "macs", floor)
     assert (costs == space.table("macs").cost(listed)).all()
-    monkeypatch.setattr(space_module, "_MAX_STARTS", 0)
-    drawn, _ = space._starts(8000, np.random.default_rng(1), "macs", floor)
+    monkeypatch.setattr(generator, "MAX_STARTS", 0)
+    drawn, _ = generator.starts(space, 8000, np.random.default_rng(1), "macs", floor)
     assert_same_distribution(space.decode(listed), space.decode(drawn))
     # and they are used where drawing would take long
     monkeypatch.undo()
@@ -654,7 +655,7 @@ def test_budgets_out_of_reach(budget, message):
 
 
 def test_contradictory_budget(monkeypatch):
-    monkeypatch.setattr(space_module, "_MAX_PROPOSALS", 4096)
+    monkeypatch.setattr(space_module, "MAX_PROPOSALS", 4096)
     space = SearchSpace.preset("micro")
     with pytest.raises(BudgetError, match="in the band of macs the least params was 4..*K; widen the band"):
         space.sample(np.random.default_rng(0), Budget(macs=12e6, params=300e3))

@@ -30,7 +30,7 @@ def png(value, mode="RGB"):
 
 
 def write(folder, part, sizes, start=0, label="label", names=NAMES, mode="RGB", broken=()):
-    """Parquet files of so many images each; image i has the grey value i and the class i mod 3."""
+    """Parquet files with the given numbers of images; image i has the grey value i and the class i mod 3."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     features = datasets.Features({"image": datasets.Image(), label: kind})
@@ -142,7 +142,7 @@ def test_a_process_reads_only_its_files(even, monkeypatch):
 
 
 def test_files_of_different_sizes(tmp_path):
-    """A short lane begins anew, a long one is cut; over the epochs all images are seen."""
+    """A short lane starts again, a long one is cut; over the epochs all images are seen."""
     stream = open_stream(write(tmp_path, "train", [5, 15, 40, 20]))
     made = loader(stream, 16, lanes=2, num_images=80, buffer_size=8)
     seen = set()

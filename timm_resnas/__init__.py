@@ -1,21 +1,35 @@
 """timm_resnas: find, train and publish efficient vision transformers with timm.
 
-Importing this package registers its models with timm.
+Importing this package registers its models with timm, before or after ``import timm``. It imports timm only when
+something needs it.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import families, models  # noqa: F401  (registers the models)
-from .arch import Arch, ArchError
+from ._register import register
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import families, models  # noqa: F401
+    from .arch import Arch, ArchError
+    from .hub import load, push, save_pretrained
 
 __all__ = ["Arch", "ArchError", "__version__", "load", "push", "save_pretrained"]
 
+_HOMES = {"Arch": "arch", "ArchError": "arch", "load": "hub", "push": "hub", "save_pretrained": "hub"}
+
 
 def __getattr__(name: str) -> Any:
-    # the Hub's code is not imported before it is used
-    if name in ("load", "push", "save_pretrained"):
-        from . import hub
-
-        return getattr(hub, name)
+    if name in ("families", "models"):
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

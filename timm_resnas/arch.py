@@ -201,7 +201,7 @@ class Arch(ABC):
         """Inverse of `record`; other keys are left alone.
 
         Raises:
-            ArchError: It is no record of a searchable family's network.
+            ArchError: It is not a record of a searchable family's network.
         """
         name = record.get("model") if isinstance(record, Mapping) else None
         if not isinstance(name, str) or name not in Arch._types or not isinstance(record.get("args"), Mapping):

@@ -6,8 +6,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import running
-from huggingface_hub.utils import _detect_agent
+from hub_server import ask_for_no_agents, running
 
 from timm_resnas.hub import save_pretrained
 
@@ -26,7 +25,7 @@ def remote(server, tmp_path, monkeypatch):
     server.reset()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
+    ask_for_no_agents(monkeypatch)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

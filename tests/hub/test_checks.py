@@ -4,17 +4,19 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hub_client import ROOT, fetch, run_python
 from safetensors.torch import load_file, save_file
 
-from timm_resnas.hub import CONFIG, WEIGHTS, HubError, bounds, checks, load
+from timm_resnas.hub import CONFIG, WEIGHTS, HubError, bounds, checks, load, push, save_pretrained
 from timm_resnas.hub.bounds import bounded
 
 # the client's own way to send a file
@@ -108,6 +110,24 @@ HOSTILE = {
     "other file": (cfg(hf_hub_filename="../../secret.bin"), None, "hf_hub_filename is not for a config.json to set"),
     "own loader": (cfg(custom_load="hf"), None, "custom_load is not for a config.json"),
     "unknown key": (cfg(run="rm -rf"), None, "unknown keys"),
+    "image that is too large": (cfg(input_size=[4096, 4096, 4096]), None, "too large; at most"),
+    "image of many channels": (cfg(input_size=[600, 32, 32]), None, "too large; at most"),
+    "crop that enlarges": (cfg(crop_pct=1e-9), None, "crop_pct must be a number from 0.05 to 4"),
+    "test crop that enlarges": (cfg(test_crop_pct=0), None, "test_crop_pct must be a number from 0.05 to 4"),
+    "crop of a large image": (
+        lambda config: config["pretrained_cfg"].update(input_size=[3, 4096, 4096], crop_pct=0.1),
+        None,
+        "would resize images to 40,960 pixels; at most 8,192",
+    ),
+    "mean of another length": (cfg(mean=[0.5, 0.5]), None, "mean has 2 numbers, expected one for each of 3 channels"),
+    "mean that is empty": (cfg(mean=[]), None, "mean has 0 numbers"),
+    "std of another length": (cfg(std=[0.5] * 4), None, "std has 4 numbers"),
+    "negative std": (cfg(std=[0.5, -0.5, 0.5]), None, "std must be at least 0.0001"),
+    "tiny std": (cfg(std=[1e-30] * 3), None, "std must be at least 0.0001"),
+    "large mean": (cfg(mean=[1e9] * 3), None, "mean must be a list of numbers"),
+    "unknown interpolation": (cfg(interpolation="cubist"), None, "interpolation must be one of bicubic"),
+    "unknown crop mode": (cfg(crop_mode="random"), None, "crop_mode must be one of border"),
+    "licence as a list": (cfg(license=["mit"]), None, "license must be a text"),
     "infinite mean": ('{"architecture": "vit_resnas", "pretrained_cfg": {"mean": [Infinity]}}', None, "not JSON"),
     "zero std": (cfg(std=[0, 0, 0]), None, "std must be at least 0.0001"),
     "no such architecture": (top(architecture="os.system"), None, "not registered with timm"),
@@ -145,6 +165,17 @@ HOSTILE = {
     "missing keys": (None, "missing", "lacks head.bias"),
     "other keys": (None, "other", "has extra.weight that the network lacks"),
     "wrong shape": (None, "shape", r"head.bias has shape \[11\], the network needs \[10\]"),
+    "integers": (None, "integers", "head.weight is stored as I32"),
+    "negative variance": (
+        top(architecture="test_resnet", model_args={"num_classes": 4}),
+        "variance",
+        "negative variances in bn1.running_var",
+    ),
+    "large table for small weights": (
+        vit(embed_dim=24, depth=1, num_heads=1, img_size=4096, patch_size=2, num_classes=10),
+        "small vit",
+        "numbers, too few for the network",
+    ),
     "far too large": (None, "large", "at most [0-9,]+ are expected for this network"),
 }
 
@@ -169,9 +200,18 @@ def make_hostile(folder, target, change, weights):
         tensors["extra.weight"] = torch.zeros(3)
     elif weights == "shape":
         tensors["head.bias"] = torch.zeros(11)
+    elif weights == "integers":
+        tensors["head.weight"] = tensors["head.weight"].int()
+    elif weights == "variance":
+        tensors = timm.create_model("test_resnet", num_classes=4).state_dict()
+        tensors["bn1.running_var"] -= 2
+        (target / CONFIG).write_text(json.dumps({**config, "num_classes": 4, "pretrained_cfg": {"num_classes": 4}}))
+    elif weights == "small vit":
+        small = dict(embed_dim=24, depth=1, num_heads=1, img_size=32, patch_size=2, num_classes=10)
+        tensors = timm.create_model("vit_tiny_patch16_224", **small).state_dict()
     if isinstance(weights, bytes):
         good = weights
-    if weights in ("nan", "missing", "other", "shape"):
+    if weights in ("integers", "variance", "small vit", "nan", "missing", "other", "shape"):
         save_file(tensors, target / WEIGHTS)
         return
     with (target / WEIGHTS).open("wb") as f:
@@ -350,3 +390,46 @@ assert resource.getrlimit(resource.RLIMIT_AS) == before
 """
     done = run_python(code, {})
     assert "needs too much memory to build" in done.stdout, done.stderr
+
+
+def test_huge_positions_are_refused_before_they_are_made(tmp_path):
+    """A file of two megabytes that asks for position embeddings of 3 x 4096 x 4096 images."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10)
+    folder = save_pretrained(model, tmp_path / "m")
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_args"].update(img_size=4096, patch_size=4)
+    (folder / CONFIG).write_text(json.dumps(config))
+    before = sum(t.numel() for t in model.state_dict().values())
+    with pytest.raises(HubError, match=f"holds {before:,} numbers, too few for the network that config.json describes"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "test_tensors.safetensors", "notes.txt"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_only_files_that_lie_in_the_folder_are_published(folder, tmp_path, name, kind):
+    secret = tmp_path / "secret.txt"
+    secret.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    other = tmp_path / "m"
+    shutil.copytree(folder, other)
+    (other / name).unlink(missing_ok=True)
+    if kind == "link":
+        (other / name).symlink_to(secret)
+    else:
+        os.mkfifo(other / name)
+    with pytest.raises(HubError, match=f"{name} is {'a link' if kind == 'link' else 'not a regular file'}; only files"):
+        push(other, "alice/net", dry_run=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_pipe_is_not_read(folder, tmp_path):
+    os.mkfifo(tmp_path / CONFIG)
+    with pytest.raises(HubError, match="config.json is not a regular file"):
+        checks.read_config(tmp_path / CONFIG)
+    with pytest.raises(HubError, match="holds no config.json"):
+        load(tmp_path)
+
+
+def test_one_value_of_mean_serves_all_channels(folder, tmp_path):
+    make_hostile(folder, tmp_path / "m", cfg(mean=[0.5], std=[0.25]), None)
+    assert load(tmp_path / "m").pretrained_cfg["mean"] == [0.5]

@@ -231,3 +231,22 @@ def test_overwrite_commits_over_what_is_there(remote, folder, tmp_path):
     remote.put("alice/taken", {"weights.bin": b"someone's"})
     send(remote, folder, "alice/taken", overwrite=True)
     assert fetch(remote, tmp_path, "alice/taken", check=True) is not None
+
+
+@pytest.mark.parametrize("text", ["{}", "null", "[]", "<html>"])
+@pytest.mark.parametrize(
+    "match",
+    ["POST /api/repos/create", "GET /api/models/", "POST .*/preupload/", "POST .*/objects/batch", "POST .*/commit/"],
+)
+def test_odd_answers_are_one_sentence(remote, folder, match, text):
+    remote.fail(match, kind="answer", text=text, times=1000)
+    with pytest.raises(HubError) as e:
+        send(remote, folder)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 450
+    assert "the Hub's answer about alice/net" in str(e.value) or "the Hub's client refuses" in str(e.value)
+
+
+def test_redirects_without_end(remote, folder):
+    remote.fail(".*", status=307, headers={"Location": "/api/repos/create"}, times=1000)
+    with pytest.raises(HubError, match="redirects without end"):
+        send(remote, folder)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .images import IMAGE_EXTENSIONS, DataError, require
 from .names import natural_key, part_kind, pick_part, some
-from .parts import EvalPart, Reading, Splits, cut_test, make_eval_part, make_splits
+from .parts import EvalPart, Reading, Splits, cut_test, make_splits, whole_or_cut
 
 __all__ = ["open_folder", "open_folder_eval"]
 
@@ -46,13 +46,10 @@ def open_folder_eval(name: str, folder: Path, split: str | None, reading: Readin
         DataError: As `open_folder`.
     """
     reading.refuse(name, "image_key", "label_key", "hf_config")
-    part, cut = _Layout(folder).evaluated(split)
+    part, tested = _Layout(folder).evaluated(split)
     data, _, notes = _class_folders(part)
-    shown = "all" if part == folder else part.relative_to(folder).as_posix()
-    if cut:
-        parts = dict(zip(("train", "test"), cut_test(data, test_fraction), strict=True))
-        return make_eval_part(name, f"{split} (cut from {shown})", parts[split], len(data), reading, notes)
-    return make_eval_part(name, shown, data, len(data), reading, notes)
+    shown = "all" if part == folder else Path(os.path.relpath(part, folder)).as_posix()
+    return whole_or_cut(name, shown, data, None if tested else split, tested, reading, test_fraction, notes)
 
 
 class _Layout:
@@ -98,27 +95,26 @@ class _Layout:
         return train_dir, test_dir, self._unused(train_dir, test_dir)
 
     def evaluated(self, split: str | None) -> tuple[Path, bool]:
-        """The folder to evaluate, and whether `split` is to be cut from it."""
+        """The folder to evaluate, and whether training would leave all of it in one part; else it cuts a test part."""
         where = str(self.folder)
         if split not in (None, "train", "test"):
-            return self._named(split, "--split"), False
+            return self._named(split, "--split"), True
         if self.parts and self.others and "train" not in self.parts.values():
             self._mixed("--split")
-        kinds = ("train",) if split == "train" else ("test", "val")
-        for kind in kinds:
-            if name := pick_part(self.parts, kind, where, "--split"):
-                return self.entries[name], False
-        train = pick_part(self.parts, "train", where, "--split")
-        if train is not None:
-            return self.entries[train], split is not None
+        kinds = set(self.parts.values())
+        test = next((kind for kind in ("test", "val") if kind in kinds), None)
+        if split != "train" and test:
+            return self.entries[pick_part(self.parts, test, where, "--split")], True
+        if "train" in kinds:
+            return self.entries[pick_part(self.parts, "train", where, "--split")], test is not None
         if self.parts or self.unlabelled:
             found = some([*self.parts, *self.unlabelled])
             raise DataError(f"{where} has no {split or 'test'} part with class folders; it has {found}")
         self._check_classes("--split")
-        return self.folder, split is not None
+        return self.folder, False
 
     def _named(self, asked: str, flag: str) -> Path:
-        if asked in self.entries or (self.folder / asked).is_dir():
+        if asked in self.entries or os.path.isdir(self.folder / asked):
             return self.folder if asked == "." else self.folder / asked
         near = [n for n in self.entries if n.lower() == asked.lower()]
         if flag == "--split":
@@ -178,8 +174,8 @@ class _Layout:
 
 def must_be_folder(folder: Path) -> None:
     """Raises `DataError` for what is not a folder."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder} is not a folder" if os.path.exists(folder) else f"there is no folder {folder}")
 
 
 def _same(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,18 @@ import numpy as np
 
 from .images import IMAGE_EXTENSIONS, DataError, first_rows, require
 from .names import natural_key, part_kind, pick_part, some
-from .parts import EvalPart, Reading, Splits, cut_test, look, make_eval_part, make_splits
+from .parts import (
+    EvalPart,
+    Reading,
+    Splits,
+    cut_test,
+    local_path,
+    look,
+    make_eval_part,
+    make_splits,
+    transparency,
+    whole_or_cut,
+)
 
 __all__ = ["open_hf", "open_hf_eval", "open_hf_stream"]
 
@@ -59,33 +71,29 @@ def open_hf_eval(name: str, where: str, split: str | None, reading: Reading, tes
         DataError: As `open_hf`.
     """
     splits = _open(where, reading)
-    label_key = _columns(name, next(iter(splits.values())), reading)[1]
-    cut = False
+    label_key = _any_columns(name, splits, reading)[1]
+    test = _labelled_test(name, splits, label_key, "--split")
     if split not in (None, "train", "test"):
-        key = _named(name, splits, split, "--split")
-    elif split == "train":
-        key = pick_part(splits, "train", name, "--split")
-        cut = key is not None and not _labelled_test(name, splits, label_key, "--split", without=key)
+        key, whole = _named(name, splits, split, "--split"), True
+    elif test is not None and split != "train":
+        key, whole = test, True
+    elif train := pick_part(splits, "train", name, "--split"):
+        key, whole = train, test is not None
     else:
-        key = _labelled_test(name, splits, label_key, "--split")
-        if key is None and (key := pick_part(splits, "train", name, "--split")):
-            cut = split is not None
-    if key is None and split is None and len(splits) == 1:
-        key = next(iter(splits))
+        key, whole = (next(iter(splits)) if len(splits) == 1 and split is None else None), True
     if key is None:
         found = some([_described(splits, k, label_key) for k in splits])
         raise DataError(f"{name} has no {split or 'test'} split with labels; it has {found} (--split)")
     image_key, label_key = _columns(name, splits[key], reading)
     if not _is_labelled(splits[key], label_key):
         raise DataError(f"the split {key!r} of {name} has no labels; choose another (--split)")
-    # plain labels count the classes of all splits, so that a small part names them as training does
-    labelled = [k for k in splits if k == key or part_kind(k) and _is_labelled(splits[k], label_key)]
-    _, parts = _relabel(name, {k: splits[k] for k in labelled}, image_key, label_key, only=key)
-    data = parts[key]
-    if not cut:
-        return make_eval_part(name, key, data, len(data), reading)
-    halves = dict(zip(("train", "test"), cut_test(data, test_fraction), strict=True))
-    return make_eval_part(name, f"{split} (cut from {key})", halves[split], len(data), reading)
+    used = {key: splits[key]}
+    if _is_plain(splits[key].features[label_key]):
+        # they count the classes of all parts, so that a small one names them as training does
+        others = {k: s for k, s in splits.items() if part_kind(k) and _is_labelled(s, label_key)}
+        used |= {k: s for k, s in others.items() if _is_plain(s.features[label_key])}
+    data = _relabel(name, used, image_key, label_key, only=key)[1][key]
+    return whole_or_cut(name, key, data, split, whole, reading, test_fraction)
 
 
 def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | None) -> Splits:
@@ -148,7 +156,8 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
     if not _is_labelled(test, "label"):
         raise DataError(f"the split {test_key!r} of {name} has no labels; choose another (--test-split)")
     evaluated = make_eval_part(name, test_key, test, len(test), reading)
-    size, grey = look(_tried(where, lambda: first_rows(train, 32)))
+    first = _tried(where, lambda: first_rows(train, 32))
+    size, grey = look(first)
     unused = [k for k in streams if k not in (train_key, test_key)]
     return Splits(
         name,
@@ -161,7 +170,11 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
         license=builder.info.license or "",
         streamed=num_train,
         background=reading.background,
-        notes=(*([f"not used: {some(unused)} of {name}"] if unused else []), *evaluated.notes),
+        notes=(
+            *([f"not used: {some(unused)} of {name}"] if unused else []),
+            *transparency([first], reading.background, "first training images"),
+            *evaluated.notes,
+        ),
     )
 
 
@@ -169,16 +182,16 @@ def open_hf_stream(name: str, where: str, reading: Reading, num_train: int | Non
 
 
 def _local(where: str) -> Path:
-    return Path(where).expanduser().absolute()
+    return local_path(where).absolute()
 
 
 def _source(where: str) -> str:
     # absolute: `datasets` takes names such as csv for its own readers
-    return str(_local(where)) if _local(where).exists() else where
+    return str(_local(where)) if os.path.exists(_local(where)) else where
 
 
 def _saved_to_disk(local: Path) -> bool:
-    return (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
+    return any(os.path.isfile(local / name) for name in ("dataset_dict.json", "state.json"))
 
 
 def _open(where: str, reading: Reading) -> dict[str, Any]:
@@ -210,16 +223,15 @@ def _tried(where: str, action: Callable[[], Any]) -> Any:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # the readers raise nearly anything on damaged files
-        cause, lines = error, 1
-        if isinstance(error, datasets.exceptions.DatasetGenerationCastError):
-            lines = 3  # which columns differ, and in which file
-        else:
-            while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
-                cause = cause.__cause__  # "An error occurred while generating the dataset"
+        cause = error
+        while type(cause).__module__.startswith("datasets") and cause.__cause__ is not None:
+            cause = cause.__cause__  # "An error occurred while generating the dataset"
+        if isinstance(cause, datasets.table.CastError):
+            columns = " ".join(cause.details().split())
+            raise DataError(f"the files of {where!r} must have the same columns, but {columns}") from error
         text = str(cause) if not isinstance(cause, KeyError) else f"{cause} is missing"
-        if "Config name is missing" in text:
-            lines = 2  # the second has the names
-        text = " ".join([line.strip() for line in text.split("\n") if line.strip()][:lines]) or type(cause).__name__
+        lines = [line.strip() for line in text.split("\n") if line.strip()] or [type(cause).__name__]
+        text = " ".join(lines[: 2 if "Config name is missing" in text else 1])  # the second line has the names
         if "Config" in text:
             raise DataError(f"datasets cannot open {where!r}: {text} (--hf-config)") from error
         if damaged := _damaged_file(_local(where)):
@@ -257,7 +269,7 @@ def _damaged_file(folder: Path) -> tuple[Path, str] | None:
         ".json": read_json,
         ".jsonl": read_json,
     }
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     begin = time.monotonic()
     for path in sorted(folder.rglob("*"), key=lambda p: natural_key(p.as_posix())):
@@ -334,6 +346,17 @@ def _described(splits: Mapping, key: str, label_key: str) -> str:
     return f"{key} ({len(splits[key])} images{'' if _is_labelled(splits[key], label_key) else ' without labels'})"
 
 
+def _any_columns(name: str, splits: Mapping[str, Any], reading: Reading) -> tuple[str, str]:
+    """The columns of the first split that has them."""
+    *others, last = splits.values()
+    for dataset in others:
+        try:
+            return _columns(name, dataset, reading)
+        except DataError:
+            continue
+    return _columns(name, last, reading)
+
+
 def _columns(name: str, dataset, reading: Reading) -> tuple[str, str]:
     """Names of the image and the label column."""
     datasets = require("datasets")
@@ -386,7 +409,8 @@ def _is_plain(feature) -> bool:
 
 def _is_labelled(dataset, label_key: str) -> bool:
     """Public test splits often hide their labels behind -1 or None."""
-    if label_key not in dataset.features:
+    feature = dataset.features.get(label_key)
+    if not (isinstance(feature, require("datasets").ClassLabel) or _is_plain(feature)):
         return False
     missing = ("", -1, None)
     return all(v not in missing and not (isinstance(v, float) and math.isnan(v)) for v in set(dataset[label_key][:]))

@@ -125,7 +125,7 @@ def open_image(item: dict | None) -> Image.Image:
     if item["bytes"] is None and "://" in item["path"]:
         return require("datasets").Image().decode_example(item)  # a remote file
     try:
-        return Image.open(item["path"] if item["bytes"] is None else BytesIO(item["bytes"]))
+        return _open(item["path"] if item["bytes"] is None else BytesIO(item["bytes"]))
     except (ValueError, SyntaxError, Image.UnidentifiedImageError):
         data = item["bytes"]
         if data is None:
@@ -133,7 +133,15 @@ def open_image(item: dict | None) -> Image.Image:
                 data = file.read()
         if (pixels := _png_pixels(data)) is None:
             raise
-        return Image.open(BytesIO(pixels))
+        return _open(BytesIO(pixels))
+
+
+def _open(source: str | BytesIO) -> Image.Image:
+    with (
+        warnings.catch_warnings()
+    ):  # an image of 90 to 179 million pixels is large, not an attack; above, Pillow refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
 
 
 def _png_pixels(data: bytes) -> bytes | None:
@@ -160,7 +168,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def decode(item: dict | None, mode: str = "RGB", shrink: int | None = None, background: str = WHITE) -> Image.Image:
     """Decodes, converts to `mode` (see `to_mode`) and turns upright by the EXIF orientation, as `datasets` does.
 
-    With `shrink`, an image whose shorter side is longer than so many pixels is reduced to it.
+    With `shrink`, an image whose shorter side has more pixels than that is reduced to it.
     """
     if item is not None and item["bytes"] is not None and (header := _RAW_GREY.match(item["bytes"])):
         size = (int(header[1]), int(header[2]))
@@ -190,7 +198,7 @@ class Images(torch.utils.data.Dataset):
         dataset: A `datasets.Dataset` with the columns `image` and `label`.
         mode: 'RGB', or 'L' for models with one input channel.
         cache_limit: Bytes of RAM for decoded images; 0 never keeps any.
-        shrink: Reduce larger images to so many pixels on their shorter side. For training on photographs much
+        shrink: Pixels of the shorter side that larger images are reduced to. For training on photographs much
             larger than the model's input: they decode faster and fit the cache. Slightly softer pixels.
         background: Colour behind transparent pixels, as `parse_background` takes it.
         max_corrupt: Largest fraction of unreadable images (one is always allowed).

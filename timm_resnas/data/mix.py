@@ -111,7 +111,7 @@ class TokenMix:
             images: Float [B, C, H, W].
             labels: int64 [B].
             seed: Decides all random numbers.
-            groups: The batch is so many equal contiguous groups, such as the sub-networks of a supernet's step; the
+            groups: Number of equal contiguous groups in the batch, such as the sub-networks of a supernet's step; the
                 first half of each gets CutMix, the second Mixup. Partners come from all groups.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,7 +114,7 @@ def make_splits(name: str, train, test, reading: Reading, notes: Sequence[str] =
     if missing := [class_names[c] for c in np.flatnonzero(seen == 0)]:
         raise DataError(f"{name}: no training image of the class{'es' * (len(missing) > 1)} {some(missing)}")
     size, grey = look(train)
-    notes = (*notes, *_transparency([train, test], reading.background))
+    notes = (*notes, *transparency([train, test], reading.background))
     return Splits(
         name, train, test, class_names, size, 1 if grey else 3, background=reading.background, notes=notes, **about
     )
@@ -126,10 +127,40 @@ def make_eval_part(name: str, split: str, dataset, total: int, reading: Reading,
     check_labels(f"{split} of {name}", dataset)
     size, grey = look(dataset)
     names = tuple(dataset.features["label"].names)
-    notes = (*notes, *_transparency([dataset], reading.background))
+    notes = (*notes, *transparency([dataset], reading.background))
     return EvalPart(
         name, split, dataset, total, names, size, 1 if grey else 3, background=reading.background, notes=notes
     )
+
+
+def whole_or_cut(
+    name: str,
+    shown: str,
+    dataset,
+    split: str | None,
+    whole: bool,
+    reading: Reading,
+    test_fraction: float,
+    notes: Sequence[str] = (),
+) -> EvalPart:
+    """A part as it is; or, where training would cut a test part from it, the `split` of these that is asked for."""
+    if whole or split is None:
+        if not whole:
+            first = (
+                f"{name} has no separate test part: all {len(dataset)} images are evaluated, also those that training"
+            )
+            notes = (*notes, f"{first} uses. --split test takes the ones that it keeps for testing")
+        return make_eval_part(name, shown, dataset, len(dataset), reading, notes)
+    parts = dict(zip(("train", "test"), cut_test(dataset, test_fraction), strict=True))
+    return make_eval_part(name, f"{split} (cut from {shown})", parts[split], len(dataset), reading, notes)
+
+
+def local_path(where: str) -> Path:
+    """A path whose ~ is the user's folder."""
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:
+        raise DataError(f"there is no user whose folder is {where}") from None
 
 
 def labels_of(dataset) -> np.ndarray:
@@ -185,7 +216,7 @@ def _undecoded(dataset, count: int):
         yield from raw[picks[start : start + 64]]["image"]
 
 
-def _transparency(parts: Sequence, background: str) -> list[str]:
+def transparency(parts: Sequence, background: str, what: str = "images") -> list[str]:
     """A note where images have transparent pixels; only images whose header allows some are decoded."""
     looked = found = 0
     for part in parts:
@@ -200,8 +231,8 @@ def _transparency(parts: Sequence, background: str) -> list[str]:
                 continue
     if not found:
         return []
-    among = "images" if looked == sum(map(len, parts)) else "images looked at"
+    what += "" if looked == sum(map(len, parts)) else " looked at"
     return [
-        f"{found} of {looked} {among} {'have' if found > 1 else 'has'} transparent pixels; they show the background "
+        f"{found} of {looked} {what} {'have' if found > 1 else 'has'} transparent pixels; they show the background "
         f"{background} (--background)"
     ]

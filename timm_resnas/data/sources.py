@@ -13,7 +13,7 @@ from .folders import make_dataset, must_be_folder, open_folder, open_folder_eval
 from .hf import open_hf, open_hf_eval, open_hf_stream
 from .images import WHITE, DataError, require
 from .names import part_kind
-from .parts import TEST_SEED, EvalPart, Reading, Splits, make_eval_part, make_splits
+from .parts import TEST_SEED, EvalPart, Reading, Splits, local_path, make_eval_part, make_splits
 from .splits import stratified_counts, take_per_class
 
 __all__ = ["load_eval", "load_splits"]
@@ -72,9 +72,9 @@ def load_splits(
     if kind == "digits":
         return _digits(reading)
     if kind == "fashion-mnist":
-        return _fashion_mnist(name, Path(where).expanduser(), reading)
+        return _fashion_mnist(name, local_path(where), reading)
     if kind == "imagefolder":
-        return open_folder(name, Path(where).expanduser(), reading, test_fraction)
+        return open_folder(name, local_path(where), reading, test_fraction)
     if streaming:
         return open_hf_stream(name, where, reading, num_train)
     return open_hf(name, where, reading, test_fraction)
@@ -109,7 +109,7 @@ def load_eval(
     reading = Reading(image_key, label_key, hf_config, None, None, background, _text(cache_dir))
     kind, where = _kind(name, test_fraction)
     if kind == "imagefolder":
-        return open_folder_eval(name, Path(where).expanduser(), split, reading, test_fraction)
+        return open_folder_eval(name, local_path(where), split, reading, test_fraction)
     if kind == "hf":
         return open_hf_eval(name, where, split, reading, test_fraction)
     part = "test" if split is None else part_kind(split)
@@ -117,7 +117,7 @@ def load_eval(
         raise DataError(f"{name} has no split {split!r}; it has train, test (--split)")
     if kind == "fashion-mnist":
         reading.refuse(name, "image_key", "label_key", "hf_config")
-        data = _fashion_part(Path(where).expanduser(), part)
+        data = _fashion_part(local_path(where), part)
         return make_eval_part(name, part, data, len(data), reading)
     splits = _digits(reading)
     data = getattr(splits, part)

@@ -186,7 +186,7 @@ def find_leaks(
 def check_leak(
     dataset, train_indices: Sequence[int], val_indices: Sequence[int], test=None, *, of: str = "pixels"
 ) -> dict[str, list]:
-    """Refuses to go on when the search would be scored on images of the training or of the test data.
+    """Refuses to continue when the search would be scored on images of the training or of the test data.
 
     Pictures that only the training and test parts share (a flaw of the data set, not of the search) are logged.
     Arguments and result as for `find_leaks`.

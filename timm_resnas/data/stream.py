@@ -44,7 +44,7 @@ def stream_loader(
     divides the lanes (each reads only its lanes), and after any resume. To skip steps, what came before is read again
     but not decoded.
 
-    An epoch is `num_images // batch_size` steps. Where shards differ in size, lanes do, too: one that runs out starts
+    An epoch is `num_images // batch_size` steps. Where shards differ in size, so do lanes: one that runs out starts
     again, and the end of a long one's last shard is not seen in that epoch. The next epoch deals otherwise, if lanes
     have several shards each; with one each, give all of them the same size. Images of one class that lie together in
     large files are mixed only as far as lanes and buffer reach.

@@ -139,7 +139,7 @@ def train_transform(
         re_prob: Probability of random erasing, after normalising.
         re_mode: 'const', 'rand' or 'pixel'.
         re_count: Largest number of erased boxes.
-        shift: Shift by up to so many pixels of the model's input each way, instead of the random resized crop. For
+        shift: Largest shift each way in pixels of the model's input, instead of the random resized crop. For
             data whose objects fill the picture at one scale, such as digits. Colours stay as they are: of the
             others, only flips and random erasing apply.
         pad_mode: What a shift uncovers: 'constant' (black), 'reflect' or 'edge'.
@@ -237,7 +237,7 @@ def channel_stats(
         dataset: Pass the training part only, or the test part leaks into the model.
         indices: Which images; default all.
         in_chans: 3, or 1 for grey.
-        limit: At most so many images are read.
+        limit: Largest number of images that are read.
         background: Colour behind transparent pixels.
 
     Raises:

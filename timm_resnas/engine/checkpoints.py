@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from ..hub import sha256_of
 from .run import Run, RunError, atomic_write
 
-__all__ = ["Checkpoints", "check_weights", "diverged", "sha256"]
+__all__ = ["Checkpoints", "check_weights", "diverged"]
 
 
 def diverged(what: str, step: int) -> str:
@@ -28,19 +28,6 @@ def check_weights(net: nn.Module, step: int) -> None:
     norms = torch.stack([p.detach().float().norm() for p in net.parameters()])
     if not torch.isfinite(norms).all():
         raise RunError(diverged("weights are not finite", step))
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 class Checkpoints:
@@ -62,7 +49,7 @@ class Checkpoints:
         with atomic_write(path) as fresh:
             torch.save({**state, "step": step}, fresh)
             with atomic_write(path.with_suffix(".sha256")) as digest:
-                digest.write_text(sha256(fresh))
+                digest.write_text(sha256_of(fresh))
         for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
             old.unlink()
             old.with_suffix(".sha256").unlink(missing_ok=True)
@@ -93,7 +80,7 @@ class Checkpoints:
                 is cut short.
         """
         digest = path.with_suffix(".sha256")
-        if not digest.is_file() or digest.read_text().strip() != sha256(path):
+        if not digest.is_file() or digest.read_text().strip() != sha256_of(path):
             raise ValueError("its digest is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if path.name != f"step-{state['step']:09}.pt":

@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..hub import GOLDEN, check_golden, filter_fn_of, load, save_pretrained
-from .checkpoints import sha256
+from ..hub import GOLDEN, check_golden, filter_fn_of, load, save_pretrained, sha256_of
 from .run import RunError
 from .settings import CHECKPOINT_WRAPPERS, ConvertOptions
 
@@ -129,7 +128,7 @@ def convert(options: ConvertOptions) -> None:
         raise RunError(f"{output} exists; give another --output")
     tensors, facts = read_checkpoint(checkpoint, options.weights)
     model = create_model(options, tensors)
-    source = {"file": checkpoint.name, "sha256": sha256(checkpoint), "url": options.source, **facts}
+    source = {"file": checkpoint.name, "sha256": sha256_of(checkpoint), "url": options.source, **facts}
     info = {"converted_from": source, "license": options.license}
     if options.reference:
         difference = compare(model, Path(options.reference))

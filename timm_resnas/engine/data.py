@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..data import (
@@ -10,14 +11,24 @@ from ..data import (
     content_hashes,
     default_augment,
     load_splits,
+    read_split,
     repeated,
+    split_record,
     split_search_val,
     trained_on,
 )
-from .run import RunError
+from .run import Run, RunError
 from .settings import AugmentOptions, DataOptions
 
-__all__ = ["HASHED_IMAGES", "augmentation", "cut_validation", "image_pair", "open_splits"]
+__all__ = [
+    "HASHED_IMAGES",
+    "augmentation",
+    "cached_parts",
+    "cut_validation",
+    "image_pair",
+    "open_splits",
+    "without_background",
+]
 
 
 HASHED_IMAGES = 100_000  # larger data sets are not compared picture by picture
@@ -82,9 +93,32 @@ def cut_validation(
 
 
 def open_splits(options: DataOptions, **given: Any) -> Splits:
-    """The data set that the options name.
+    """The training and test parts that the options name.
 
     Raises:
-        ValueError: It cannot be opened; the message says what would be right.
+        ValueError: They cannot be opened; the message says what would be right.
     """
-    return load_splits(options.dataset, **given)
+    names = ("label_key", "image_key", "train_split", "test_split", "hf_config", "background")
+    asked = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
+    return load_splits(options.dataset, **asked, **given)
+
+
+def cached_parts(run: Run, splits: Splits, cut: Callable[[], tuple]) -> tuple[list[int], list[int], list[Any]]:
+    """Indices to train on and to validate on, cut once in a run's life, and whatever else ``cut`` returns with them.
+
+    Raises:
+        ValueError: What the run keeps is damaged, or is of other data.
+    """
+
+    def make() -> dict[str, Any]:
+        train, val, *more = cut()
+        return {**split_record(splits.train, train, val), "more": more}
+
+    kept = run.cached("data.json", make)
+    train, val = read_split(kept, splits.train, where=str(run.state / "data.json"))
+    return train, val, kept["more"]
+
+
+def without_background(config: dict[str, Any]) -> dict[str, Any]:
+    """Preprocessing as timm's pretrained_cfg holds it, which has no field for the colour behind transparent pixels."""
+    return {k: v for k, v in config.items() if k != "background"}

@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
-from ..data import Splits
-from .data import open_splits
+from ..data import DataError, EvalPart, load_eval, match_classes
+from ..data.images import WHITE
+from .models import background_of, class_names_of, model_source
 from .run import RunError
 from .settings import EvaluateOptions
 
 __all__ = [
-    "class_names_of",
     "evaluate",
     "format_scores",
-    "match_classes",
-    "open_split",
+    "matched_classes",
+    "open_part",
     "read_real_labels",
     "read_valid_labels",
 ]
@@ -59,7 +59,7 @@ def evaluate(
 
     Returns:
         'images', 'correct', 'top1', and 'top5' where there are more than 5 classes; 'loss' and 'ece' (see the module);
-        'images_per_second' of one process (None with fewer than two full batches).
+        'images_per_second' of one process.
     """
     model.eval()
     device = accelerator.device
@@ -67,7 +67,9 @@ def evaluate(
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, correct
     index = None if classes is None else torch.tensor(classes, device=device)
     seconds: list[tuple[int, float]] = []
+    first: Any = None
     for done, (x, y) in enumerate(batches, start=1):
+        first = x if first is None else first
         if timed and x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -110,10 +112,22 @@ def evaluate(
         scores["loss"] = loss / images
         scores["ece"] = float((bins[1] - bins[2]).abs().sum() / images)
     if timed:
-        size = max((n for n, _ in seconds), default=0)
+        size = max(n for n, _ in seconds)
         full = [s for n, s in seconds if n == size][1:]
-        scores["images_per_second"] = size / statistics.median(full) if full else None
+        scores["images_per_second"] = size / statistics.median(full or [_seconds(accelerator, model, first)])
     return scores
+
+
+def _seconds(accelerator: Accelerator, model: nn.Module, x: torch.Tensor) -> float:
+    """Of the forward pass of a single batch, which was seen once before."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with torch.no_grad(), accelerator.autocast():
+        model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -125,35 +139,26 @@ def format_scores(scores: dict[str, Any]) -> str:
     return f"{'  '.join(parts)}  ({scores['images']} images)"
 
 
-def class_names_of(model: nn.Module) -> list[str] | None:
-    """Names of a model's classes: those it was saved with, or ImageNet's WordNet ids by their number."""
-    if names := model.pretrained_cfg.get("label_names"):
-        return list(names)
-    # a folder or hub repository of any data set may have 1000 classes; it names them then
-    subset = infer_imagenet_subset(model)
-    return ImageNetInfo(subset).label_names() if subset else None
-
-
-def match_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
-    """The model's class for each of the data's, or None where they are the same.
+def matched_classes(model: nn.Module, data_names: Sequence[str]) -> list[int] | None:
+    """The model's output for each of the data's classes, or None where they are the same or the model names none.
 
     Raises:
-        RunError: Their classes do not fit.
+        ValueError: Their classes do not fit.
     """
     names = class_names_of(model)
-    if names is not None and list(names) == list(data_names):
+    hint = "; take a model trained on these classes, or --valid-labels"
+    if names is None:
+        if model.num_classes != len(data_names):
+            raise RunError(f"the model has {model.num_classes} classes without names, the data {len(data_names)}{hint}")
         return None
-    if names is not None and set(data_names) <= set(names):
-        number = {name: i for i, name in enumerate(names)}
-        return [number[name] for name in data_names]
-    if model.num_classes == len(data_names) and (names is None or not set(data_names) & set(names)):
-        return None  # other words for the same classes, as far as one can know
-    missing = sorted(set(data_names) - set(names or []))
-    raise RunError(
-        f"the model has {model.num_classes} classes, the data {len(data_names)}, "
-        + (f"of which the model does not know {', '.join(missing[:5])}" if names else "and the model's have no names")
-        + "; take a model trained on these classes, or --valid-labels"
-    )
+    aliases = []
+    if subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        aliases = [info.label_descriptions(detailed=detailed) for detailed in (False, True)]
+    try:
+        return match_classes(names, data_names, aliases=aliases, subset=True)
+    except DataError as e:
+        raise RunError(f"{e}{hint}") from None
 
 
 def read_valid_labels(name: str, model: nn.Module, count: int) -> list[int]:
@@ -205,10 +210,11 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
     return [labels[f] for f in files]
 
 
-def open_split(options: EvaluateOptions) -> tuple[Splits, Any]:
-    """The data set and the part of it that is asked for."""
-    if options.split in ("train", "test"):
-        splits = open_splits(options)
-        return splits, getattr(splits, options.split)
-    splits = open_splits(options, test_split=options.split)
-    return splits, splits.test
+def open_part(options: EvaluateOptions) -> EvalPart:
+    """The images to evaluate on: a part that is asked for, or else what `load_eval` finds, whole."""
+    for name in ("train_split", "test_split"):
+        if getattr(options, name) is not None:
+            raise RunError(f"--{name.replace('_', '-')} is for training; --split names what is evaluated")
+    asked = {k: getattr(options, k) for k in ("label_key", "image_key", "hf_config")}
+    background = options.background or background_of(model_source(options.model)) or WHITE
+    return load_eval(options.dataset, options.split, background=background, **asked)

@@ -8,18 +8,31 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
+from ..data import match_classes
 from ..hub import HubError, fetch, read_file
 from .run import RunError
 
-__all__ = ["classes_in", "model_source", "open_model", "parse_kwargs", "record_of"]
+__all__ = [
+    "align_classes",
+    "background_of",
+    "class_names_of",
+    "classes_in",
+    "model_source",
+    "open_model",
+    "parse_kwargs",
+    "record_of",
+]
 
 
 def parse_kwargs(option: str, items: list[str]) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def open_model(
     if taken := {"num_classes", "img_size"} & kwargs.keys():
         raise RunError(f"--model-kwargs cannot set {' and '.join(sorted(taken))}; the data and --img-size do")
     if pretrained_path is not None and not Path(pretrained_path).is_file():
-        raise RunError(f"{pretrained_path}: there is no such file of weights")
+        raise RunError(f"{pretrained_path}: this file of weights does not exist")
     overlay = None
     try:
         if ":" in source:
@@ -147,3 +160,54 @@ def record_of(name: str) -> dict[str, Any] | None:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         raise RunError(f"training_data.json of {name} is damaged: it is not JSON") from None
+
+
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes: those it was saved with, or ImageNet's WordNet ids by their number."""
+    if names := model.pretrained_cfg.get("label_names"):
+        return list(names)
+    # a folder or hub repository of any data set may have 1000 classes; it names them then
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_names() if subset else None
+
+
+def align_classes(model: nn.Module, data_names: Sequence[str], what: str, data: str) -> str | None:
+    """Bring the outputs of a model's classifiers into the data's order of classes, matched by name.
+
+    Args:
+        model: Its ``pretrained_cfg`` names its classes (``label_names``) and classifiers.
+        data_names: The data's classes.
+        what: What messages call the model.
+        data: What messages call the data set.
+
+    Returns:
+        A note where the model does not name its classes, so that their order cannot be checked.
+
+    Raises:
+        ValueError: The classes differ; both lists are shown.
+    """
+    names = class_names_of(model)
+    if names is None:
+        if model.num_classes != len(data_names):
+            raise RunError(f"{what} has {model.num_classes} classes, {data} has {len(data_names)}")
+        return f"{what} does not name its classes; their order is taken to be that of {data}"
+    order = match_classes(names, data_names, model=what, data=data)
+    if order is not None:
+        cfg = model.pretrained_cfg
+        found = cfg.get("classifier") or ()
+        heads = {found} if isinstance(found, str) else set(found)
+        heads |= {name for name in ("patch_head",) if getattr(model, name, None) is not None}
+        with torch.no_grad():
+            for name in heads:
+                head = model.get_submodule(name)
+                for tensor in (head.weight, head.bias):
+                    tensor.copy_(tensor[order].clone())
+        cfg["label_names"] = list(data_names)
+    return None
+
+
+def background_of(name: str) -> str | None:
+    """The colour behind transparent pixels that a saved model was trained with, where it says so."""
+    text = read_file(name, "config.json") if ":" in name else None
+    block = json.loads(text).get("timm_resnas") if text else None
+    return block.get("background") if isinstance(block, dict) else None

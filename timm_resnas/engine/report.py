@@ -16,9 +16,10 @@ from ..nas.space import SearchSpace
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress
 from .run import RunError, atomic_write, format_minutes, read_json
 
-__all__ = ["report", "results_table", "spearman"]
+__all__ = ["report", "results_table", "spearman", "train_command"]
 
 LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
+RISING = 0.02  # accuracy that the largest network gained between its last two evaluations
 RECORD = {"args", "generation", "key", "macs", "model", "origin", "score"}
 
 
@@ -39,7 +40,7 @@ def report(folder: Path) -> str:
     try:
         results = {**results, "folder": str(folder)}
         table = results_table(results)
-        text = markdown(results, history, table)
+        text = markdown(results, history, training, table)
         draw_pareto(folder / "pareto.png", results, history)
         draw_progress(folder / "progress.png", results, history, training)
         draw_choices(folder / "choices.png", results, history)
@@ -50,13 +51,33 @@ def report(folder: Path) -> str:
     return table
 
 
+def train_command(folder: str | Path, dataset: str) -> str:
+    """How the found network is trained with all training images."""
+    return (
+        f"accelerate launch recipes/train.py --model {folder}/best --pretrained --dataset {dataset} "
+        f"--val-per-class 0 --lr 2e-4"
+    )
+
+
+def improving(training: list[dict[str, Any]]) -> str | None:
+    """A hint where the supernet had not finished learning, so that inherited weights say less than they could."""
+    values = [r["accuracy"]["largest"] for r in training if "largest" in r["accuracy"]]
+    if len(values) < 2 or values[-1] - values[-2] < RISING:
+        return None
+    return (
+        f"**The supernet was still improving when its training ended** ({values[-2]:.3f} to {values[-1]:.3f} in its "
+        f"last {training[-1]['epoch'] - training[-2]['epoch']} epochs): inherited weights are then well below what the "
+        f"network reaches when it is trained by itself. More `--epochs`, or the command below."
+    )
+
+
 def results_table(results: dict[str, Any]) -> str:
     """Best, largest and random networks, as Markdown that reads well in a terminal."""
 
     def row(name: str, macs: float, params: float, val: str, test: str) -> tuple[str, ...]:
         return name, format_cost("macs", macs), format_cost("params", params), val, test
 
-    rows = [("network", "MACs", "params", "search-val", "test")]
+    rows = [("network", "MACs", "params", "validation", "test")]
     for name in ("best", "largest"):
         r = results[name]
         val, test = (accuracies(results, [r], s)[0] for s in ("val", "test"))
@@ -115,12 +136,13 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
     return lines
 
 
-def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str) -> str:
+def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: list[dict[str, Any]], table: str) -> str:
+    """The report's text."""
     arch = Arch.from_record(results["best"])
     model_args = SearchSpace.from_dict(results["space_dict"]).model_args
     shown = [name for name in LABELS if name in results["front"][0]]
     points = [
-        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | search-val |",
+        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |",
         "|---|" + "---|" * (len(shown) + 1),
     ]
     for k, p in enumerate(results["front"], start=1):
@@ -142,12 +164,15 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], table: str)
         "",
         table,
         "",
+        "Validation: images cut from the training part, which candidates were scored on; test: images that nothing was "
+        "chosen on.",
+        *(["", hint] if (hint := improving(training)) else []),
+        "",
         "Weights are inherited from the supernet. This trains the found network with all training images, those that "
         "candidates were scored on included:",
         "",
         "```bash",
-        f"accelerate launch recipes/train.py --model {results['folder']}/best --pretrained --dataset "
-        f"{results['dataset']} --val-per-class 0 --lr 2e-4",
+        train_command(results["folder"], results["dataset"]),
         "```",
         *(["", f"The search ended early ({results['ended_early']})."] if results["ended_early"] else []),
         "",

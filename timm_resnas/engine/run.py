@@ -119,6 +119,7 @@ class Run:
         self.folder = Path(options.output) / (options.name or name)
         self.state = self.folder / "state"
         self.is_main = accelerator.is_main_process
+        self.num_processes = accelerator.num_processes
         self._accelerator = accelerator
         self._config = {k: v for k, v in dataclasses.asdict(options).items() if k != "config"}
         self._locked = False

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,13 @@ from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
 from ..nas.space import BudgetError, SearchSpace
 from ..nas.supernet import Supernet
-from .data import HASHED_IMAGES, image_pair, open_splits
-from .models import record_of
-from .report import report
+from .data import HASHED_IMAGES, cached_parts, image_pair, open_splits
+from .models import align_classes, record_of
+from .report import report, train_command
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
 from .settings import SearchOptions
-from .supernet import SearchData, check_parts, open_space
+from .supernet import SearchData, open_space
 
 __all__ = [
     "finish",
@@ -51,11 +52,13 @@ __all__ = [
     "make_budget",
     "make_search",
     "print_notes",
+    "print_plan",
     "run_search",
     "val_parts",
 ]
 
 FINALISTS = 10  # networks that are measured until one is within a latency budget
+NEAR = 0.02  # points of a front this near in MACs are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
 
 
@@ -87,13 +90,13 @@ def load_supernet(options: SearchOptions, run: Run) -> tuple[Supernet, SearchDat
     if options.img_size is not None and image_pair(options.img_size) != size:
         raise RunError(f"--img-size {options.img_size} is not that of the supernet, {size}; leave the option out")
     splits = open_splits(options)
-    if splits.num_classes != net.num_classes:
-        raise RunError(f"{options.dataset} has {splits.num_classes} classes, the supernet {net.num_classes}")
+    unnamed = align_classes(net, splits.class_names, f"the supernet {options.supernet}", options.dataset)
     record = record_of(str(options.supernet) if ":" in options.supernet else f"local-dir:{options.supernet}")
-    cutting = functools.partial(split_unseen, options, splits, record)
-    train_indices, val, note = run.cached("data.json", cutting)
-    check_parts(options, run, splits, train_indices, val)
-    return net, SearchData(splits, space, train_indices, val, timm.data.resolve_model_data_config(net)), note
+    cut = functools.partial(split_unseen, options, splits, record)
+    train_indices, val, (note,) = cached_parts(run, splits, cut)
+    note = "; ".join(n for n in (unnamed, note) if n) or None
+    config = {**timm.data.resolve_model_data_config(net), "background": splits.background}
+    return net, SearchData(splits, space, train_indices, val, config), note
 
 
 def split_unseen(
@@ -174,13 +177,50 @@ def objectives(options: SearchOptions, space: SearchSpace) -> tuple[str, ...]:
 
 def print_notes(run: Run, data: SearchData, budget: Budget | None, leak: str | None) -> None:
     """What a user should know before the work starts."""
-    if leak:
-        run.print(f"note: {leak}")
+    for text in (leak, *data.splits.notes):
+        if text:
+            run.print(f"note: {text}")
     for name, value in data.space.idle_limits(budget).items() if budget else ():
         run.print(
             f"note: all networks of the space have {name} {format_cost(name, value)} (the stem decides it): a limit on "
             f"it chooses nothing"
         )
+
+
+def print_plan(options: SearchOptions, run: Run, data: SearchData, search: Search, device: torch.device) -> None:
+    """What will be done, and about how long it takes on this machine, by timing the largest network."""
+    net = data.space.network(data.space.largest).to(device).eval()
+    x = torch.randn(16, *data.config["input_size"], device=device)
+    with torch.inference_mode():
+        seconds = min(_timed(lambda: net(x), device) for _ in range(3)) / len(x)
+    train, val, test = len(data.train), len(data.val), len(data.splits.test)
+    epochs = 0 if options.supernet else options.epochs
+    least, most = data.space.cost_range("macs")
+    typical = dict(search.budget or ()).get("macs", (least + most) / 2) / most
+    candidates = options.population + (options.iterations - 1) * search.batch
+    scored = candidates + (options.num_random + 1) + options.num_any_cost
+    training = epochs * train * 3 * seconds  # a step takes about three forwards
+    scoring = (scored * val + (options.num_random + 2) * test) * typical * seconds
+    share = run.num_processes
+    trained = f"train {epochs} epochs of {train} images ({format_minutes(training / share)}), " if epochs else ""
+    run.print(
+        f"plan: {trained}score up to {candidates} candidates and {scored - candidates} networks to compare with on "
+        f"{val} images, test {options.num_random + 2} on {test} ({format_minutes(scoring / share)}); about "
+        f"{format_minutes((training + scoring) / share)} in all, by the speed of the largest network"
+    )
+    if not options.supernet and val > 0.2 * (train + val):
+        run.print(
+            f"note: {val} of {train + val} training images are held out to score candidates on; the report ends with a "
+            f"command that trains the found network on all of them"
+        )
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def val_parts(options: SearchOptions, data: SearchData, device: torch.device) -> tuple[EvalBatches | None, EvalBatches]:
@@ -306,10 +346,23 @@ def front(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
+def distinct_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of points whose MACs differ by less than `NEAR`, the best; a front's order, cheapest first, is kept."""
+    kept: list[dict[str, Any]] = []
+    for point in points:
+        if kept and point["macs"] < (1 + NEAR) * kept[-1]["macs"]:
+            if point["score"] > kept[-1]["score"]:
+                kept[-1] = point
+        else:
+            kept.append(point)
+    return kept
+
+
 def score_of(folder: Path, data: SearchData, device: torch.device) -> tuple[int, int]:
     """Correct answers on the test images of a model's folder, loaded and fed the way a user would."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
-    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    config = {**timm.data.resolve_model_data_config(model), "background": data.splits.background}
+    transform = eval_transform(config)
     return count_correct(model, eval_batches(data.splits.test, transform, device=device))
 
 
@@ -392,6 +445,7 @@ def finish(
         facts["hypervolumes"] = search.hypervolumes
     else:
         points = front([*(r for r in search.history if "prescreened" not in r), largest, *compared, *free])
+        points = distinct_points(points)
     for k, point in enumerate(points, start=1):
         export(net, point, run / "pareto" / str(k), options, data, seen)
     correct, images = score_of(run / "best", data, device)
@@ -414,6 +468,8 @@ def finish(
     run.print(f"\nreport: {run / 'report.md'}, pictures beside it. The network, in any script:")
     run.print("    import timm, timm_resnas")
     run.print(f"    model = timm.create_model('local-dir:{run / 'best'}', pretrained=True)")
+    run.print("\nTo train it with all training images, those that candidates were scored on included:")
+    run.print(f"    {train_command(run.folder, options.dataset)}")
 
 
 def fingerprint(net: Supernet, val: Sequence[int], prescreen: float) -> str:

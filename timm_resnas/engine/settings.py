@@ -64,7 +64,7 @@ class DataOptions:
     test_split: str | None = option(None, "name of the part to test on (default: found)", metavar="PART")
     hf_config: str | None = option(None, "configuration of a hf: data set that has several", metavar="NAME")
     background: str | None = option(
-        None, "colour behind transparent pictures, such as white or #808080", metavar="COLOUR"
+        None, "colour behind transparent pictures, a name or #rrggbb (default: white, or the model's)", metavar="COLOUR"
     )
 
 
@@ -315,8 +315,8 @@ class TrainOptions(
 class EvaluateOptions(DataOptions, ModelOptions, ProcessOptions):
     """evaluation"""
 
-    split: str = option(
-        "test", "test, train, or another part's name; a data set without parts is taken whole", basic=True
+    split: str | None = option(
+        None, "test, train or another part (default: the test part; a data set without parts whole)", basic=True
     )
     batch_size: int = option(256, "images per batch of a process", range=COUNT, basic=True)
     valid_labels: str | None = option(None, "the model's class numbers that the data has", metavar="FILE_OR_NAME")
@@ -347,7 +347,7 @@ class LatencyOptions:
     precision: str = option("float32", "of weights, or autocast (amp)", choices=PRECISIONS, basic=True)
     rounds: int = option(10, "times that each network is measured", range=COUNT)
     min_run_time: float = option(0.1, "seconds of each, but at least three repeats", range=POSITIVE)
-    calibration: int = option(8, "networks that the table's line is fitted on", range=NOT_NEGATIVE)
+    calibration: int = option(8, "networks that the table's line is fitted on", range=COUNT)
     verify: int = option(30, "networks to compare with the prediction; 0: none", range=NOT_NEGATIVE)
     seed: int = option(0, "decides the random networks", range=NOT_NEGATIVE)
 

@@ -13,8 +13,6 @@ import timm
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
@@ -27,6 +25,7 @@ from ..data import (
     default_data_config,
     eval_batches,
     eval_transform,
+    read_split,
     train_loader,
     train_transform,
     training_record,
@@ -37,7 +36,15 @@ from ..nas.sampling import MultiArchSampler, SandwichSampler
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..tasks import SupernetTask, TokenLabelLoss
-from .data import HASHED_IMAGES, augmentation, cut_validation, image_pair, open_splits
+from .data import (
+    HASHED_IMAGES,
+    augmentation,
+    cached_parts,
+    cut_validation,
+    image_pair,
+    open_splits,
+    without_background,
+)
 from .processes import full_precision
 from .run import Run, RunError, read_json
 from .seeds import Stream, generator, step_seed
@@ -87,27 +94,14 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
     space.at(img_size=size)  # raises before the data are read
     splits = open_splits(options)
-    train, val = run.cached(
-        "data.json", lambda: cut_validation(splits, options.val_per_class, options.val_fraction, options.seed)
-    )
-    check_parts(options, run, splits, train, val)
+    sizes = (options.val_per_class, options.val_fraction, options.seed)
+    train, val, _ = cached_parts(run, splits, lambda: cut_validation(splits, *sizes))
     if len(train) < options.batch_size:
         raise RunError(
             f"--batch-size {options.batch_size} is more than the {len(train)} training images of {options.dataset}"
         )
-    config = default_data_config(splits, size, indices=train)
+    config = {**default_data_config(splits, size, indices=train), "background": splits.background}
     return SearchData(splits, space.at(img_size=size, num_classes=splits.num_classes), train, val, config)
-
-
-def check_parts(options: Any, run: Run, splits: Splits, train: list[int], val: list[int]) -> None:
-    """Whether the parts that a run was started with are those of this data.
-
-    Raises:
-        RunError: They are not.
-    """
-    parts = [*train, *val]
-    if len(parts) != len(splits.train) or set(parts) != set(range(len(splits.train))):
-        raise RunError(f"{options.dataset} is not what {run.folder} was started with; give this run another --name")
 
 
 def make_sampler(options: SupernetOptions, space: SearchSpace) -> MultiArchSampler:
@@ -129,7 +123,7 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
         data.space.supernet,
         space=data.space.to_dict(),
         drop_path_rate=options.drop_path,
-        pretrained_cfg_overlay={**data.config, "num_classes": data.splits.num_classes},
+        pretrained_cfg_overlay={**without_background(data.config), "num_classes": data.splits.num_classes},
         **given,
     )
 
@@ -205,12 +199,13 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
     Raises:
         RunError: Options do not fit each other, or the loss is not finite.
     """
-    net = create_supernet(options, data)
     if (run / "supernet").exists():
-        load_weights(net, run / "supernet")
+        net = load(run / "supernet")
+        if not isinstance(net, Supernet) or net.space != data.space:
+            raise RunError(f"{run / 'supernet'} is not the supernet of this run; remove it, or give this run a --name")
         run.print(f"supernet: trained before, {run / 'supernet'}")
         return net.to(accelerator.device)
-    training = SupernetTraining(options, accelerator, run, data, net)
+    training = SupernetTraining(options, accelerator, run, data, create_supernet(options, data))
     net = training.model
     run.print(
         f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
@@ -229,6 +224,7 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
                 run / "supernet",
                 info={**info, "epochs": options.epochs},
                 label_names=data.splits.class_names,
+                data_config=data.config,
                 files={"training_data.json": json.dumps(seen) + "\n"},
             )
         shutil.rmtree(run.state / "training", ignore_errors=True)
@@ -249,21 +245,6 @@ def _optimizer(options: SupernetOptions, net: Supernet) -> torch.optim.Optimizer
     )
 
 
-def load_weights(net: Supernet, folder: Path) -> None:
-    """Weights of a supernet's folder into a supernet of the same space.
-
-    Raises:
-        RunError: The folder holds no weights, or those of another space.
-    """
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise RunError(f"{folder} holds no model.safetensors; expected a folder that a supernet was saved to")
-    try:
-        net.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as e:
-        raise RunError(f"{path} does not fit the space: {str(e).splitlines()[-1].strip()}") from None
-
-
 def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
     """Options, data and supernet of a finished run of supernet.py or search.py.
 
@@ -276,9 +257,11 @@ def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
     config = Run.read_config(path)
     known = {field.name for field in dataclasses.fields(SupernetOptions)}
     options = SupernetOptions(**{k: v for k, v in config.items() if k in known})
-    train, val = read_json(folder / "state" / "data.json")[:2]
+    splits, kept = open_splits(options), folder / "state" / "data.json"
+    train, val = read_split(read_json(kept), splits.train, where=str(kept))
     net = load(config.get("supernet") or folder / "supernet").eval()
     space = net.space
     if config.get("supernet") and config.get("space"):  # a part of the supernet's
         space = open_space(config["space"]).at(**space.model_args)
-    return options, SearchData(open_splits(options), space, train, val, resolve_model_data_config(net)), net
+    config = {**resolve_model_data_config(net), "background": splits.background}
+    return options, SearchData(splits, space, train, val, config), net

@@ -31,6 +31,7 @@ from ..data import (
     Splits,
     TokenMix,
     TrainLoader,
+    adapt_channels,
     default_data_config,
     multiscale_loader,
     stream_loader,
@@ -39,14 +40,13 @@ from ..data import (
 )
 from ..hub import save_pretrained
 from ..tasks import HardLabelDistillationTask, MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
-from .data import augmentation, cut_validation, image_pair, open_splits
+from .data import augmentation, cached_parts, cut_validation, image_pair, open_splits, without_background
 from .evaluate import evaluate, format_scores
-from .models import model_source, open_model, parse_kwargs, record_of
+from .models import align_classes, class_names_of, model_source, open_model, parse_kwargs, record_of
 from .processes import full_precision
 from .run import Run, RunError
 from .seeds import Stream, step_seed
 from .settings import TrainOptions
-from .supernet import check_parts
 from .training import Training, check_passes
 
 __all__ = ["ModelTraining", "TrainData", "check_options", "finish", "learning_rate", "prepare"]
@@ -115,21 +115,24 @@ def prepare(options: TrainOptions, run: Run) -> tuple[nn.Module, TrainData]:
         splits = open_splits(options)
         record = record_of(model_source(options.model)) if options.pretrained else None
         sizes = (options.val_per_class, options.val_fraction, options.seed)
-        train, val = run.cached("data.json", lambda: cut_validation(splits, *sizes, record))
-        check_parts(options, run, splits, train, val)
+        train, val, _ = cached_parts(run, splits, lambda: cut_validation(splits, *sizes, record))
     num_train = splits.num_train if train is None else len(train)
     if num_train < options.batch_size:
         raise RunError(
             f"--batch-size {options.batch_size} is more than the {num_train} training images of {options.dataset}"
         )
+    for note in splits.notes:
+        run.print(f"note: {note}")
     model = create_model(options, splits.num_classes)
+    if options.pretrained or options.pretrained_path:
+        start_from_classes(model, splits, options, run)
     config = data_config(options, splits, train, model)
     if options.multi_scale and model.pretrained_cfg.get("fixed_input_size"):
         raise RunError(
             f"--multi-scale needs a model for images of any size; {options.model} is built for one image size"
         )
     # what the task, the teacher and the saved folder take the model's preprocessing from
-    model.pretrained_cfg.update(config, num_classes=splits.num_classes)
+    model.pretrained_cfg.update(without_background(config), num_classes=splits.num_classes)
     return model, TrainData(splits, train, val, config)
 
 
@@ -158,6 +161,18 @@ def create_model(options: TrainOptions, num_classes: int) -> nn.Module:
     return model
 
 
+def start_from_classes(model: nn.Module, splits: Splits, options: TrainOptions, run: Run) -> None:
+    """Bring a loaded classifier into the data's order of classes; one of other classes is initialised."""
+    if class_names_of(model) is None:
+        return
+    try:
+        align_classes(model, splits.class_names, options.model, options.dataset)
+    except ValueError:
+        if model.num_classes == splits.num_classes:
+            model.reset_classifier(splits.num_classes)
+            run.print(f"note: {options.model} was trained on other classes; its classifier is initialised")
+
+
 def data_config(options: TrainOptions, splits: Splits, train: list[int] | None, model: nn.Module) -> dict[str, Any]:
     """Preprocessing: the model's own; that of the data for small grey images and a model without weights."""
     in_chans, *size = model.pretrained_cfg["input_size"]
@@ -170,7 +185,8 @@ def data_config(options: TrainOptions, splits: Splits, train: list[int] | None, 
     given = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
     config.update({k: getattr(options, k) for k in given if getattr(options, k) is not None})
     config["input_size"] = [in_chans, *size]
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    return {**adapt_channels(config, in_chans), "background": splits.background}
 
 
 def make_task(options: TrainOptions, model: nn.Module, data: TrainData, device: torch.device) -> TrainingTask:
@@ -214,11 +230,10 @@ def make_teacher(options: TrainOptions, data: TrainData) -> nn.Module:
         allow_pickle=options.allow_pickle,
         img_size=tuple(data.config["input_size"][1:]),
     )
-    if teacher.num_classes != data.splits.num_classes:
-        raise RunError(
-            f"--teacher {options.teacher} has {teacher.num_classes} classes, {options.dataset} has "
-            f"{data.splits.num_classes}; fine-tune it on this data first"
-        )
+    try:
+        align_classes(teacher, data.splits.class_names, f"--teacher {options.teacher}", options.dataset)
+    except ValueError as e:
+        raise RunError(f"{e}; fine-tune the teacher on this data first") from None
     if teacher.pretrained_cfg["input_size"][0] != data.config["input_size"][0]:
         raise RunError(f"--teacher {options.teacher} takes images of another number of channels than the student")
     return teacher.eval().requires_grad_(False)
@@ -394,7 +409,14 @@ class ModelTraining(Training):
         }
         model, data = self.weights()[weights], self.data
         with full_precision(model):
-            save_pretrained(model, folder, info=facts, label_names=data.splits.class_names, data_config=data.config)
+            save_pretrained(
+                model,
+                folder,
+                info=facts,
+                label_names=data.splits.class_names,
+                data_config=data.config,
+                base_model=True if self.options.pretrained and timm.is_model(self.options.model) else None,
+            )
 
     def choose(self) -> dict[str, Any]:
         """Make ``best/``; returns 'epoch', 'weights', 'by' and 'val_top1'."""
@@ -448,7 +470,9 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
     best = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).to(accelerator.device)
     models = {**{f"last {k}": m for k, m in training.weights().items()}, "best": best}
     for name, model in models.items():
-        config = resolve_model_data_config(model) if name == "best" else data.config
+        config = data.config
+        if name == "best":
+            config = {**resolve_model_data_config(model), "background": data.splits.background}
         tests[name] = evaluate(accelerator, model, batches(data.splits.test, config))
         which = f" (epoch {chosen['epoch']}, {chosen['weights']})" if name == "best" else ""
         run.print(f"  {name + which:24} {format_scores(tests[name])}")

@@ -33,6 +33,8 @@ from ..nas.space import MAX_CHOICES, Gene, Position, SearchSpace
 
 __all__ = ["VitResNasSpace"]
 
+_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
 
 class VitResNasSpace(SearchSpace):
     """Sub-networks of one largest ViT-ResNAS network.
@@ -55,6 +57,7 @@ class VitResNasSpace(SearchSpace):
     family = "vit_resnas"
     arch_type = NetworkDef
     supernet = "vit_resnas_supernet"
+    training_args = ("patch_head", *_RATES)
     largest: NetworkDef
     smallest: NetworkDef
 
@@ -224,7 +227,6 @@ def _depth_text(arch: NetworkDef) -> str:
 
 
 _DEFAULT_ARGS = {"img_size": 224, "patch_size": 14, "in_chans": 3, "distill_token": False}
-_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 _KNOWN_ARGS = (*_DEFAULT_ARGS, "num_classes", "patch_head", *_RATES)
 
 

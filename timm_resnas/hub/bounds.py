@@ -193,7 +193,7 @@ class SmallTensors(TorchDispatchMode):
         for made in outputs if isinstance(outputs, tuple | list) else (outputs,):
             if not isinstance(made, torch.Tensor):
                 continue
-            # timm fills tables of indices in loops of Python, on meta, too
+            # timm fills tables of indices in loops of Python, on meta as well
             most = min(limit, _MAX_ELEMENTS) if made.dtype in (torch.int32, torch.int64) else limit
             if made.numel() > most:
                 raise HubError(

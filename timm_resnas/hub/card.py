@@ -221,6 +221,7 @@ def _usage(config: Config, repo_id: str, revision: str | None, ours: bool, super
         "",
         f"model = timm.create_model({where!r}, pretrained=True).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
+        *_flatten(config.info.get("background")),
         f"logits = model(transform(image).unsqueeze(0))  # a PIL image, resized and cropped to {size[1]}x{size[2]}",
     ]
     if config.data.get("label_names"):
@@ -239,6 +240,17 @@ def _usage(config: Config, repo_id: str, revision: str | None, ours: bool, super
             f"```bash\naccelerate launch recipes/search.py --supernet {shlex.quote(where)} --budget macs=30%\n```"
         )
     return parts
+
+
+def _flatten(background: Any) -> list[str]:
+    """Lines of the example that show what training showed behind transparent pixels."""
+    if not isinstance(background, str) or not re.fullmatch(r"#[0-9a-fA-F]{6}", background):
+        return []
+    return [
+        "from PIL import Image  # transparent pixels show what they showed in training",
+        f'background = Image.new("RGBA", image.size, "{background}")',
+        'image = Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")',
+    ]
 
 
 def _image(config: Config) -> dict[str, Any]:

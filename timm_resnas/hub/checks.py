@@ -73,7 +73,7 @@ def read_config(path: str | os.PathLike, where: str | None = None) -> Config:
         where: What messages call it.
 
     Raises:
-        HubError: It is no JSON of timm's form, or holds values that no model has.
+        HubError: It is not JSON of timm's form, or holds values that no model has.
     """
     path, where = Path(path), where or str(path)
     data = _read_json(path, where)

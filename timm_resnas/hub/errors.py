@@ -173,8 +173,8 @@ def hub_errors(
             f"the Hub's answer about {what} cannot be understood ({type(e).__name__}: {first_line(e)}); check "
             f"HF_ENDPOINT and proxies"
         ) from e
-    except ValueError as e:
-        raise HubError(" ".join(str(e).split())[:400]) from e
+    except ValueError as e:  # of the client, about what it was told or what the card holds
+        raise HubError(f"the Hub's client refuses to {doing} {what}: {' '.join(str(e).split()):.300}") from e
 
 
 NO_TOKEN = (

@@ -2,9 +2,10 @@
 
 import logging
 import os
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub as hf
 import timm
@@ -24,11 +25,12 @@ from .checks import (
     read_config,
 )
 from .errors import HubError, check_repo_id, hub_errors, is_unreachable, retry, why_not
-from .weights import check_golden, check_tensors, check_weights
+from .weights import check_golden, check_tensors, check_values, check_weights
 
 __all__ = ["fetch", "load", "read_file"]
 
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def load(
@@ -83,7 +85,7 @@ def load(
 def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pickle: bool = False) -> Path:
     """The local folder of a model, downloaded if need be, for ``timm.create_model('local-dir:<folder>')``.
 
-    Configuration and weights are checked as by `load`, except for numbers that are not finite.
+    Configuration and weights are checked as by `load`.
 
     Args:
         name_or_folder: See `load`.
@@ -95,7 +97,10 @@ def fetch(name_or_folder: str | os.PathLike, *, weights: bool = True, allow_pick
     """
     source = _source(name_or_folder, None, None, None, None)
     if weights:
-        return _fetch(source, allow_pickle, MAX_PARAMS).parent
+        path = _fetch(source, allow_pickle, MAX_PARAMS)
+        if path.name == WEIGHTS:
+            check_values(path, f"{source}: {WEIGHTS}")
+        return path.parent
     path = source.file(CONFIG, limit=MAX_CONFIG_BYTES)
     build_on_meta(read_config(path, f"{source}: {CONFIG}"), MAX_PARAMS)
     return path.parent
@@ -282,28 +287,45 @@ class _Remote:
                 **self._args,
             )
 
-        return Path(retry(download))
+        return Path(retry(lambda: _within(_PATIENCE + (most or 0) / _SLOWEST, download, f"{self}: {name}")))
 
 
 _SLOWEST = 10_000  # bytes a second, over a whole download
 _PATIENCE = 120.0  # seconds beyond that
+_SLACK = 1 << 20  # bytes; counts of progress are not exact where a download is resumed
+
+
+def _within(seconds: float, call: Callable[[], T], what: str) -> T:
+    """The result of a call that may take so long; one that takes longer is left to end by itself."""
+    done: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((call(), None))
+        except BaseException as e:
+            done.append((None, e))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        raise HubError(f"{what} did not arrive within {seconds:,.0f} s; the Hub or the way to it is too slow")
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def _meter(what: str, most: int | None) -> type[tqdm]:
-    """A progress bar that ends a download which brings more than ``most`` bytes, or takes too long."""
+    """A progress bar that ends a download which brings more than ``most`` bytes."""
 
     class Meter(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._begin, self._bytes = time.monotonic(), 0
+        _brought = 0
 
         def update(self, n: float | None = 1) -> bool | None:
-            self._bytes += int(n or 0)
-            if most is not None and self._bytes > most:
+            self._brought += int(n or 0)
+            if most is not None and self._brought > most + _SLACK:
                 raise HubError(f"{what} brings more than the {most:,} bytes that are expected; the download was ended")
-            seconds = time.monotonic() - self._begin
-            if seconds > _PATIENCE + self._bytes / _SLOWEST:
-                raise HubError(f"{what} has brought {self._bytes:,} bytes in {seconds:.0f} s; the download was ended")
             return super().update(n)
 
     return Meter

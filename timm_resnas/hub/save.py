@@ -62,7 +62,7 @@ def save_pretrained(
             ``timm_resnas``, which timm ignores.
         label_names: Class names in the order of the classifier's outputs; integers are written as texts.
         data_config: Preprocessing (``input_size, mean, std, crop_pct, interpolation, …``) where it differs from the
-            model's own.
+            model's own; ``background`` is the colour behind transparent pixels.
         base_model: What the weights were trained on from: a repository or name; True for the weights that the model's
             ``pretrained_cfg`` names, of a model that was created with ``pretrained=True``.
         golden: Also store an input and its logits, which `load` can check.
@@ -93,7 +93,10 @@ def save_pretrained(
         del tensors
         block["sha256"] = {WEIGHTS: sha256_of(fresh / WEIGHTS)}
         config["timm_resnas"] = block
-        save_config_for_hf(model, fresh / CONFIG, model_config=config, data_config=dict(data_config or {}) or None)
+        preprocessing = dict(data_config or {})
+        if (background := preprocessing.pop("background", None)) is not None:  # timm's configuration has no such field
+            block["background"] = background
+        save_config_for_hf(model, fresh / CONFIG, model_config=config, data_config=preprocessing or None)
         _state_origin(fresh / CONFIG, block.get("license"))
         stored = _read_back(model, fresh, folder)
         if golden and stored is not None:
@@ -175,7 +178,7 @@ def _state_origin(path: Path, license: str | None) -> None:
     architecture = data["architecture"]
     tagged = fnmatch.filter(timm.list_models(f"{architecture}*", include_tags=True), f"{architecture}.*")
     for name in _OF_PAPERS:
-        stated = {str(getattr(get_pretrained_cfg(t), name)) for t in tagged or [architecture]}
+        stated = {str(getattr(get_pretrained_cfg(t), name, None)) for t in tagged or [architecture]}
         if name in cfg and len(stated) > 1:
             del cfg[name]
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -226,7 +229,7 @@ def _difference(
         if sum(p.numel() for p in model.parameters()) > _READ_BACK:
             fetch(fresh)
             return None
-        with torch.random.fork_rng(devices=[]):  # building draws numbers, and the caller's training may go on
+        with torch.random.fork_rng(devices=[]):  # building draws numbers, and the caller's training may continue
             built = load(fresh).eval()
     except HubError as e:
         return str(e).replace(str(fresh), str(folder))

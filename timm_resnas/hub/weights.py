@@ -23,7 +23,16 @@ from .bounds import SmallTensors
 from .checks import Config
 from .errors import HubError
 
-__all__ = ["check_golden", "check_tensors", "check_weights", "golden_input", "outputs_of", "read_header", "sha256_of"]
+__all__ = [
+    "check_golden",
+    "check_tensors",
+    "check_values",
+    "check_weights",
+    "golden_input",
+    "outputs_of",
+    "read_header",
+    "sha256_of",
+]
 
 _MAX_HEADER_BYTES = 8 << 20
 _SPARE = 1 << 22  # elements that a network may have beyond four times its file's
@@ -111,6 +120,17 @@ def check_tensors(
     for why, names in bad.items():
         if names:
             raise HubError(f"{where} holds numbers that are {why} in {_some(names)}")
+
+
+def check_values(path: str | os.PathLike, where: str) -> None:
+    """`check_tensors` of a safetensors file, one tensor at a time.
+
+    Raises:
+        HubError: See `check_tensors`.
+    """
+    with safe_open(path, "pt") as f:
+        for name in f.keys():
+            check_tensors({name: f.get_tensor(name)}, where)
 
 
 def _compare(
@@ -227,7 +247,7 @@ def outputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """A model's ``logits`` in evaluation mode; of a supernet also ``logits_smallest``, of its smallest sub-network."""
     param = next(model.parameters())
     x = x.to(param.device, param.dtype)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in another than the rest
     model.eval()
     try:
         with torch.inference_mode():
@@ -243,7 +263,8 @@ def outputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
                 finally:
                     model.set_arch(active)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return {k: v.float().cpu().contiguous().clone() for k, v in outputs.items()}
 
 

@@ -231,7 +231,7 @@ class NetworkDef(Arch):
             img_size: Side of the square image, or (height, width), in pixels.
             patch_size: Side of a patch of the first stage, in pixels.
             in_chans: Channels of the image.
-            num_classes: Size of a classifier; None takes the head's number, 0 is no classifier.
+            num_classes: Size of a classifier; None takes the head's number, 0: no classifier.
             distill_token: Count the distillation token and its classifier.
 
         Raises:

@@ -4,7 +4,7 @@ Paper: `Reformer: The Efficient Transformer` - https://arxiv.org/abs/2001.04451 
 Origin: https://github.com/lucidrains/reformer-pytorch (a widely used version of the paper's attention; no images)
 
 Attention has one projection for queries and keys. Tokens are sorted by the bucket that a random rotation puts their
-query into, cut into chunks, and attend inside their chunk and to the one before (locality-sensitive hashing, LSH);
+query into, cut into chunks, and attend to their chunk and the one before (locality-sensitive hashing, LSH);
 several rounds of that are combined as one softmax. A layer is y1 = x1 + attention(x2), y2 = x2 + feed_forward(y1), so
 that training recomputes a layer's inputs from its outputs: memory for activations does not grow with depth, but for
 the buckets (a byte per token, head and round).
@@ -13,7 +13,7 @@ The paper has no classifier of images. This is a ViT without class token: patche
 over two copies of the tokens, their mean, layer norm, average pooling.
 
 * Rotations are drawn afresh in every training step, and are fixed in evaluation: the model is a function.
-* Any number of tokens works: padding, which is no key, fills the last chunks. Where two buckets hold all tokens,
+* Any number of tokens works: padding, which is never a key, fills the last chunks. Where two buckets hold all tokens,
   attention is exact.
 * Hashing pays for long sequences only. With a thread of a CPU, width 192 and buckets of 49, it is faster than exact
   attention from about 2,400 tokens on with 4 rounds, 1,500 with 2, 500 with 1; at 12,544 tokens it is 3, 7, 13 times as
@@ -73,8 +73,10 @@ def fixed_rotations(head_dim: int, num_hashes: int, num_buckets: int, seed: int,
 
 
 def hash_buckets(qk: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Return the buckets `[B, heads, rounds, N]` of vectors `[B, heads, N, d]`: the nearest of the directions and their
-    opposites."""
+    """Return the buckets `[B, heads, rounds, N]` of vectors `[B, heads, N, d]`.
+
+    A bucket is the direction nearest to a vector, of those in `rotations` `[d, rounds, n]` and the n opposite ones.
+    """
     rotated = torch.einsum("bhnd,drk->bhrnk", qk.detach(), rotations)
     buckets = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
     return buckets.to(torch.uint8 if rotations.shape[2] <= 128 else torch.int32)  # small: kept for the backward pass
@@ -307,7 +309,7 @@ class Reformer(nn.Module):
         rotations: of training, 'fresh' at every step or 'fixed' as in evaluation.
         qk_scale: factor of the product of a query and a key of length 1; default head width to the power of -1/2. The
             paper's own code has 1.
-        ff_chunks: pieces of the sequence that go through the feed-forward one by one.
+        ff_chunks: parts of the sequence that go through the feed-forward one by one.
         reversible: recompute activations in the backward pass instead of keeping them.
         axial_pos_embed: position embedding as a sum of one for the row and one for the column.
 
@@ -454,8 +456,20 @@ class Reformer(nn.Module):
         self._init_rotations()
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resample the position embedding and make the fixed rotations for another image size."""
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
+        """Resample the position embedding and make the fixed rotations for another image size.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the one that the network was built with, which cannot be changed.
+
+        Raises:
+            ValueError: `patch_size` is another one.
+        """
+        if patch_size is not None and to_2tuple(patch_size) != to_2tuple(self.patch_embed.patch_size):
+            raise ValueError(f"patch_size={patch_size}: the network was built with {self.patch_embed.patch_size}.")
+        if img_size is None:
+            return
         self.grid_size = self._grid(img_size)
         for name, size in _position_sizes(self.grid_size).items():
             p = getattr(self, name)
@@ -622,6 +636,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2001.04451",
+        "paper_name": "Reformer: The Efficient Transformer",
         "origin_url": "https://github.com/lucidrains/reformer-pytorch",
         **kwargs,
     }

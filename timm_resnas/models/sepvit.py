@@ -10,8 +10,8 @@ larger window.
 
 Beyond the released code, which is for 224 pixels only:
 
-* Any image size works. The map is padded to whole windows; padding is no key, and is zero where windows are mixed. The
-  table of window tokens is stored as a map `[1, C, rows, columns]` of windows and resampled.
+* Any image size works. The map is padded to whole windows; padding is never a key, and is zero where windows are mixed.
+  The table of window tokens is stored as a map `[1, C, rows, columns]` of windows and resampled.
 * `checkpoint_filter_fn` maps the released layout. A block whose window covers the map has neither window tokens nor
   attention between windows, as in the released code.
 """
@@ -356,11 +356,22 @@ class SepVit(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
         """Resample the tables of window tokens for another image size.
 
         Blocks that attend to the whole map keep doing so.
+
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the first stage's stride, 4, which cannot be changed.
+
+        Raises:
+            ValueError: `patch_size` is another one.
         """
+        if patch_size is not None and to_2tuple(patch_size) != (4, 4):
+            raise ValueError(f"patch_size={patch_size}: the stride of the patch embedding is built in, 4.")
+        if img_size is None:
+            return
         windows = []
         for stage, info in zip(self.stages, self.feature_info, strict=False):
             windows.append([])
@@ -543,6 +554,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2203.15380",
+        "paper_name": "SepViT: Separable Vision Transformer",
         "origin_url": "https://github.com/liwei109/SepViT",
         **kwargs,
     }

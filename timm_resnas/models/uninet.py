@@ -363,12 +363,20 @@ class UniNet(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
         """Record another image size.
 
+        Args:
+            img_size: int or (height, width); None keeps the size.
+            patch_size: None, or the stem's stride, 2, which cannot be changed.
+
         Raises:
-            ValueError: the network has operators that are made for one size.
+            ValueError: the network has operators that are made for one size, or `patch_size` is another one.
         """
+        if patch_size is not None and to_2tuple(patch_size) != (2, 2):
+            raise ValueError(f"patch_size={patch_size}: the stride of the stem is built in, 2.")
+        if img_size is None:
+            return
         if self.fixed_size is not None and to_2tuple(img_size) != self.fixed_size:
             raise ValueError(f"UniNet: the operators of this network are made for images of {self.fixed_size}.")
         update_model_input_size(self, to_2tuple(img_size))
@@ -554,6 +562,7 @@ def _cfg(img_size: int = 224, **kwargs) -> dict[str, Any]:
         "classifier": "head.fc",
         "license": "mit",
         "paper_ids": "arXiv:2207.05420",
+        "paper_name": "UniNet: Unified Architecture Search with Convolution, Transformer, and MLP",
         "origin_url": "https://github.com/Sense-X/UniNet",
         **kwargs,
     }

@@ -98,8 +98,8 @@ class ConvPatchEmbed(nn.Module):
         return self.conv_proj
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Input of :attr:`projection`, [B, mid, H/2, W/2]."""
-        x = self.conv1(x)
+        """Input of :attr:`projection`, [B, mid, H/2, W/2]; channels last, so that the projection yields tokens."""
+        x = self.conv1(x).contiguous(memory_format=torch.channels_last)
         return x + self.conv3(self.conv2(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Elastic layers: one weight, many widths.
 
 A sub-network of a supernet uses the first input and output channels of each layer. Here a batch consists of groups of
-images, each with widths of its own, and goes through a layer in one call: each group multiplies only its own slice of
+images, each with its widths, and goes through a layer in one call: each group multiplies only its own slice of
 the weight, and all groups accumulate into one gradient buffer. (Slicing through autograd would fill and add a
 full-size gradient per group: more memory traffic than the arithmetic saved.)
 

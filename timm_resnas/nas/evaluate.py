@@ -98,7 +98,7 @@ class Evaluator:
             self._file = folder / f"scores-{rank}.jsonl"
             read_jsonl(self._file, mend=True)
             for file in sorted(folder.glob("scores-*.jsonl")):
-                known += [r for r in read_jsonl(file) if r.get("fingerprint") == self.fingerprint]
+                known += [_checked(r, file) for r in read_jsonl(file) if r.get("fingerprint") == self.fingerprint]
         # processes may see different files (a disk each), but must agree on what is left to score
         self._remember(known if world == 1 else gather(known))
 
@@ -227,6 +227,15 @@ class Evaluator:
                         return
                     kept[-1].append((shared, y))
         self._shared = kept
+
+
+def _checked(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A record that was read back, if it can be one of ours."""
+    score, seconds = record.get("score"), record.get("seconds")
+    number = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0
+    if not (isinstance(record.get("key"), str) and type(score) is int and score >= 0 and number):
+        raise ValueError(f"{file} is damaged: {str(record)[:80]} is not a score; remove the file to score again")
+    return record
 
 
 def _below(correct: int, images: int, total: int, at_least: int) -> int | None:

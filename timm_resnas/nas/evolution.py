@@ -124,7 +124,7 @@ class Search:
         Counts of correct answers, as integers, make a history independent of how the evaluation was split up.
 
         Raises:
-            ValueError: A network was not asked for, a score is no finite number, or it contradicts an earlier one.
+            ValueError: A network was not asked for, a score is not a finite number, or it contradicts an earlier one.
         """
         scores: dict[str, int | float] = {}
         for arch, score in results:

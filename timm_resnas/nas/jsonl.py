@@ -12,7 +12,7 @@ __all__ = ["append_jsonl", "read_jsonl", "write_jsonl"]
 def read_jsonl(path: str | os.PathLike, mend: bool = False) -> list[dict[str, Any]]:
     """Records of a file; none where there is no file.
 
-    A last line that a kill cut short is left out, and with ``mend`` removed from the file, so that appending goes on
+    A last line that a kill cut short is left out, and with ``mend`` removed from the file, so that appending continues
     at a line's start.
 
     Raises:
@@ -37,7 +37,7 @@ def read_jsonl(path: str | os.PathLike, mend: bool = False) -> list[dict[str, An
             if any(rest.strip() for rest in lines[i + 1 :]):
                 raise ValueError(
                     f"{path} line {i + 1} is not a record: {line[:60].decode(errors='replace')!r}; "
-                    f"restore the file or remove it to start anew"
+                    f"restore the file or remove it to start over"
                 ) from None
             break
         records.append(record)

@@ -1,23 +1,16 @@
-"""Latency of the ViT-ResNAS family, measured piece by piece, and predicted for every network of a space.
+"""Latency of a space's networks, measured layer by layer and predicted for every one of them.
 
-A network is a sequence of pieces: the stem, the attention half and the MLP half of each block, the reductions, the
-head. :class:`LatencyTable` holds the time of each piece that a space can choose, for one device, number of threads,
-batch size, image size and precision, and predicts a network's latency as a line through the sum of its pieces.
+`LatencyTable` is a dict from `Layer` to milliseconds, for one device, number of threads, batch size and precision; a
+network's latency is a line through the sum of its layers. What is measured is what a user deploys, the plain timm
+network in eval and inference mode: some tens of networks, chosen so that together they hold every layer, see `timing`.
 
-What is measured is what a user deploys, the plain timm network ``vit_resnas`` in eval and inference mode. A piece is
-timed where it stands: some tens of networks, chosen so that together they hold every piece, run from end to end with a
-time stamp between the pieces. So caches and memory are in the state that a real forward finds them in, which a piece
-that is repeated on its own would never see.
+Every layer of the space is measured, except where a gene has more than 8 choices: of these 8 spread evenly are, and a
+layer between them is interpolated along one axis of its shape, or along two.
 
-Other programs only ever make a piece slower, on a rented machine those of its other tenants, too, for seconds or
-minutes at a time. So the networks take turns in rounds, and the fastest repeat of all rounds counts: what the device
-can do. Median and interquartile range of the rounds' fastest repeats say what it did meanwhile.
-
->>> table = LatencyTable.measure(SearchSpace.preset("micro"), Setting.here(batch_size=32, num_threads=1))
+>>> table = LatencyTable.measure(space, Conditions.here(batch_size=32, num_threads=1))
 >>> table.save("latency.json")
->>> search = EvolutionSearch(space, Budget(latency_ms=12), extra_costs=table.costs)
->>> measure_network(search.top(1)[0], space, table)
-{'ms': 11.83, 'median_ms': 11.9, 'iqr': 0.09}
+>>> table.price(space)
+>>> space.sample(rng, Budget(latency_ms=12))
 """
 
 from __future__ import annotations
@@ -26,298 +19,188 @@ import itertools
 import json
 import math
 import os
-import platform
-import sys
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import timm
-import torch
-from torch.utils.benchmark import Timer
 
-from ..arch import Arch, Block
-from ..models.vit_resnas import TransformerBlock, VitResNas
+from ..arch import Arch, Layer
 from .cost import Budget
 from .space import BudgetError, SearchSpace
+from .tables import layers_at
+from .timing import Conditions, LatencyError, LatencyTimer, device_name, measure, run_rounds, summary
 
-__all__ = [
-    "LatencyError",
-    "LatencyTable",
-    "Meter",
-    "PRECISIONS",
-    "Piece",
-    "Setting",
-    "cover_networks",
-    "fit_line",
-    "measure",
-    "measure_network",
-    "pieces_of",
-    "run_rounds",
-    "spread_networks",
-    "summary",
-]
+__all__ = ["LatencyTable", "cover_networks", "fit_line", "measure_network", "measured_layers", "spread_networks"]
 
-_FORMAT = "timm_resnas latency table 1"
-_MAX_CHOICES = 8  # values measured per axis; a network's other values lie between two of them
+_FORMAT, _FORMAT_1 = "timm_resnas latency table 2", "timm_resnas latency table 1"
+_MAX_CHOICES = 8  # values measured of one gene
+_MAX_CANDIDATES = 4096  # combinations of widths that covering compares
 _NS = 10**6  # nanoseconds of a millisecond: predictions are sums of integers, the same in any order
-_MIN_REPEATS, _MAX_REPEATS = 3, 1000
 _TIMES = ("ms", "median_ms", "iqr", "samples")
 
-# timm's names (its benchmark.py): the model's own type, or autocast; type of autocast and of weights and images
-PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
-    "float32": (None, torch.float32),
-    "bfloat16": (None, torch.bfloat16),
-    "float16": (None, torch.float16),
-    "amp_bfloat16": (torch.bfloat16, torch.float32),
-    "amp": (torch.float16, torch.float32),
-}
-_MODEL_ARGS = ("img_size", "patch_size", "in_chans", "num_classes", "distill_token")  # that decide latency
+
+# -- layers that were not measured ------------------------------------------------------------------------------------
 
 
-class LatencyError(ValueError):
-    """A latency table is damaged or does not fit; the message says what it is for and what was asked."""
+class _Times:
+    """Milliseconds of layers: the held ones, and between them where an axis was thinned."""
+
+    def __init__(self, held: Mapping[Layer, float]) -> None:
+        self._held = held
+        self._values: dict[tuple, set[int]] = defaultdict(set)
+        for layer in held:
+            for axes, rest in _lines(layer):
+                for i in axes:
+                    self._values[rest, i].add(layer.shape[i][1])
+
+    def at(self, layer: Layer) -> float | None:
+        """The time of a layer; None where it lies between too few."""
+        if layer in self._held:
+            return self._held[layer]
+        for axes, rest in _lines(layer):
+            ends = [_ends(self._values.get((rest, i), set()), layer.shape[i][1]) for i in axes]
+            total = 0.0
+            for corner in itertools.product(*ends):
+                shape = list(layer.shape)
+                for i, (value, _) in zip(axes, corner, strict=True):
+                    shape[i] = shape[i][0], value
+                ms = self._held.get(Layer(layer.kind, tuple(shape)))
+                if ms is None:
+                    break
+                total += ms * math.prod(weight for _, weight in corner)
+            else:
+                if all(ends):
+                    return total
+        return None
 
 
-# -- conditions -------------------------------------------------------------------------------------------------------
+def _lines(layer: Layer) -> Iterator[tuple[tuple[int, ...], tuple]]:
+    """One or two axes of a shape, and what is equal in all layers that differ in these only."""
+    for count in (1, 2):
+        for axes in itertools.combinations(range(len(layer.shape)), count):
+            yield axes, (layer.kind, axes, *(p[:1] if i in axes else p for i, p in enumerate(layer.shape)))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Conditions under which latency is measured.
-
-    Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
-        device_name: Name of the processor or accelerator.
-        num_threads: Threads of one operation on the CPU.
-        batch_size: Images per forward.
-        precision: Name in :data:`PRECISIONS`.
-        torch: Version of torch.
-    """
-
-    device: str
-    device_name: str
-    num_threads: int
-    batch_size: int
-    precision: str
-    torch: str
-
-    def __post_init__(self) -> None:
-        for name in ("device", "device_name", "precision", "torch"):
-            if not isinstance(getattr(self, name), str):
-                raise LatencyError(f"setting {name} must be a text, got {getattr(self, name)!r:.40}")
-        for name in ("num_threads", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise LatencyError(f"setting {name} must be an integer of at least 1, got {value!r:.40}")
-        if self.device not in ("cpu", "cuda"):
-            raise LatencyError(f"latency is measured on cpu or cuda, got device {self.device!r:.40}")
-        if self.precision not in PRECISIONS:
-            raise LatencyError(f"unknown precision {self.precision!r:.40}; known: {', '.join(PRECISIONS)}")
-
-    @classmethod
-    def here(
-        cls, *, batch_size: int, num_threads: int | None = None, precision: str = "float32", device: str = "cpu"
-    ) -> Setting:
-        """The setting on this machine; ``num_threads=None`` is torch's current number."""
-        threads = torch.get_num_threads() if num_threads is None else num_threads
-        return cls(device, device_name(device), threads, batch_size, precision, torch.__version__)
-
-    def __str__(self) -> str:
-        threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
-        return f"{self.device_name} ({self.device}), {threads}, batch {self.batch_size}, {self.precision}"
+def _ends(values: set[int], value: int) -> list[tuple[int, float]]:
+    """Neighbours of a value and their weights; none outside, or on an axis that was not thinned."""
+    if value in values:
+        return [(value, 1.0)]
+    below, above = [v for v in values if v < value], [v for v in values if v > value]
+    if len(values) < _MAX_CHOICES or not below or not above:
+        return []
+    low, high = max(below), min(above)
+    return [(low, (high - value) / (high - low)), (high, (value - low) / (high - low))]
 
 
-def device_name(device: str) -> str:
-    """Name of this machine's CPU or current CUDA device.
+# -- networks to measure ----------------------------------------------------------------------------------------------
+
+
+def _thin(count: int) -> list[int]:
+    """At most 8 indices, spread evenly, ends included."""
+    return sorted(set(np.linspace(0, count - 1, min(count, _MAX_CHOICES)).round().astype(int).tolist()))
+
+
+def _every_layer(space: SearchSpace) -> dict[Layer, None]:
+    return {layer: None for p in space.positions for _, layer in layers_at(space.genes, p) if layer is not None}
+
+
+def measured_layers(space: SearchSpace) -> list[Layer]:
+    """The layers that a table of the space measures: those of thinned genes, and those not between any of them."""
+    kept = [set(_thin(len(gene.choices))) for gene in space.genes]
+    layers: dict[Layer, None] = {}
+    for position in space.positions:
+        for index, layer in layers_at(space.genes, position):
+            if layer is not None and all(i in kept[g] for g, i in zip(position.genes, index, strict=True)):
+                layers[layer] = None
+    every = _every_layer(space)
+    while True:
+        times = _Times(dict.fromkeys(layers, 0.0))
+        missing = [layer for layer in every if times.at(layer) is None]
+        if not missing:
+            return list(layers)
+        layers.update(dict.fromkeys(missing))
+
+
+def cover_networks(space: SearchSpace) -> list[Arch]:
+    """Few networks that together hold the `measured_layers` of the space, deterministic.
+
+    All parts are present, so that most layers come several times, at different depth.
 
     Raises:
-        LatencyError: There is no such device.
+        LatencyError: No network was found for a layer.
     """
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise LatencyError("device cuda was asked for, but torch finds none on this machine")
-        return torch.cuda.get_device_name()
-    if sys.platform.startswith("linux"):
-        try:
-            with open("/proc/cpuinfo", encoding="utf-8") as f:
-                return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-        except (OSError, StopIteration):
-            pass  # not every architecture writes a name there
-    return platform.processor() or platform.machine()
-
-
-# -- pieces -----------------------------------------------------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """A part of a network whose latency depends on nothing else of the architecture.
-
-    Attributes:
-        kind: ``"stem"``, ``"attn"``, ``"mlp"``, ``"reduction"`` or ``"head"``.
-        stage: Stage, from 0; a reduction is of the stage that it opens.
-        dim: Embed width; of a reduction, the width that comes in.
-        size: Heads, hidden units, or a reduction's width that goes out; 0 for stem and head.
-        head_dim: Of attention, else 0.
-    """
-
-    kind: str
-    stage: int
-    dim: int
-    size: int = 0
-    head_dim: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in zip(_NAMES[self.kind], self, strict=True) if name}
-
-    def __str__(self) -> str:
-        rest = ", ".join(f"{k} {v}" for k, v in list(self.to_json().items())[2:])
-        return f"{self.kind} of stage {self.stage} ({rest})"
-
-
-_NAMES = {
-    "stem": ("piece", "stage", "embed_dim", "", ""),
-    "attn": ("piece", "stage", "embed_dim", "num_heads", "head_dim"),
-    "mlp": ("piece", "stage", "embed_dim", "mlp_hidden", ""),
-    "reduction": ("piece", "stage", "in_dim", "out_dim", ""),
-    "head": ("piece", "stage", "embed_dim", "", ""),
-}
-
-
-def pieces_of(arch: Arch) -> list[Piece]:
-    """The pieces of a network, in the order of its forward; absent blocks have none."""
-    stage = 0
-    pieces = [Piece("stem", 0, arch.patch_embed.dim)]
-    for block in arch.blocks:
-        if type(block) is not Block:
-            stage += 1
-            pieces.append(Piece("reduction", stage, block.in_dim, block.out_dim))
-        elif block.exists:
-            pieces.append(Piece("attn", stage, block.dim, block.num_heads, block.head_dim))
-            pieces.append(Piece("mlp", stage, block.dim, block.mlp_hidden))
-    pieces.append(Piece("head", stage, arch.head.dim))
-    return pieces
-
-
-def forward_pieces(net: VitResNas, x: torch.Tensor, mark: Callable[[], None]) -> torch.Tensor:
-    """``net(x)`` in eval, with ``mark()`` before the first and after each of its :func:`pieces_of`."""
-    mark()
-    x = net._embed(x)
-    mark()
-    for block in net.blocks:
-        if isinstance(block, TransformerBlock):
-            x = x + block.drop_path1(block.attn(block.norm1(x)))
-            mark()
-            x = x + block.drop_path2(block.mlp(block.norm2(x)))
-        else:
-            x = block(x)
-        mark()
-    x = net.forward_head(net.norm(x))
-    mark()
-    return x
-
-
-class _Choices(NamedTuple):
-    """What a space can choose in one stage, thinned to the values that are measured."""
-
-    dims: list[int]
-    heads: list[tuple[int, int]]  # (num_heads, head_dim)
-    hidden: list[int]
-    num_blocks: int
-
-
-def _choices(space: SearchSpace, most: int) -> list[_Choices]:
-    keep = space.to_dict()["num_channels_to_keep"]
-    stages: list[_Choices] = [_Choices(_thin(keep[0], most), [], [], 0)]
-    heads: dict[int, set[int]] = defaultdict(set)
-    hidden: set[int] = set()
-
-    def close() -> None:
-        pairs = [(n, width) for width in sorted(heads) for n in _thin(heads[width], most)]
-        stages[-1] = stages[-1]._replace(heads=pairs, hidden=_thin(hidden, most))
-        heads.clear()
-        hidden.clear()
-
-    for entry, choice in zip(space.largest.blocks, keep[1:-1], strict=True):
-        if isinstance(entry, Block):
-            heads[entry.head_dim].update(n // entry.head_dim for n in choice["attn"])
-            hidden.update(choice["mlp"])
-            stages[-1] = stages[-1]._replace(num_blocks=stages[-1].num_blocks + 1)
-        else:
-            close()
-            stages.append(_Choices(_thin(choice, most), [], [], 0))
-    close()
-    return stages
-
-
-def _thin(values: Iterable[int], most: int) -> list[int]:
-    """At most so many of the values, spread evenly over their order, ends included."""
-    values = sorted(set(values))
-    if len(values) <= most:
-        return values
-    return [values[i] for i in np.linspace(0, len(values) - 1, most).round().astype(int).tolist()]
-
-
-def cover_networks(space: SearchSpace, max_choices: int = _MAX_CHOICES) -> list[Arch]:
-    """Few networks that together hold every piece of the space, deterministic.
-
-    All blocks are present, so that most pieces come several times, in blocks of different depth. The networks need not
-    be of the space themselves: a value stands in any block of its stage.
-
-    Args:
-        space: The search space.
-        max_choices: Choices of one axis that are covered; of more, so many spread evenly are.
-    """
-    stages = _choices(space, max_choices)
-    last = len(stages) - 1
-    counts: Counter[Piece] = Counter()
-    widths = math.prod(len(s.dims) for s in stages)
+    wanted = measured_layers(space)
+    number = {layer: i for i, layer in enumerate(wanted)}
+    cells = []  # number of the layer for each combination of a position's genes, -1: none that is wanted
+    for position in space.positions:
+        ids = np.full([len(space.genes[g].choices) for g in position.genes], -1)
+        for index, layer in layers_at(space.genes, position):
+            ids[index] = number.get(layer, -1)
+        cells.append(ids)
+    present = {g: 0 for g, gene in enumerate(space.genes) if gene.kind == "presence"}
+    widths = [g for g, gene in enumerate(space.genes) if gene.kind == "width"]
     rng = np.random.default_rng(0)
+    kept = [_thin(len(space.genes[g].choices)) for g in widths]
+    if math.prod(map(len, kept)) <= _MAX_CANDIDATES:
+        candidates = np.array(list(itertools.product(*kept)), int).reshape(-1, len(widths))
+    else:
+        candidates = np.stack([rng.choice(k, _MAX_CANDIDATES) for k in kept], axis=1)
 
-    def wanted(dims: Sequence[int]) -> tuple[list[Piece], list[list[Piece]]]:
-        single = [Piece("stem", 0, dims[0]), Piece("head", last, dims[-1])]
-        single += [Piece("reduction", s, dims[s - 1], dims[s]) for s in range(1, len(dims))]
-        halves = []
-        for s, (dim, stage) in enumerate(zip(dims, stages, strict=True)):
-            halves.append([Piece("attn", s, dim, *heads) for heads in stage.heads])
-            halves.append([Piece("mlp", s, dim, hidden) for hidden in stage.hidden])
-        return single, halves
+    # positions with the same layers for given widths, and these layers, [widths, the rest]
+    groups: dict[tuple, list[Any]] = {}
+    for position, ids in zip(space.positions, cells, strict=True):
+        ids = ids[tuple(slice(0, 1) if g in present else slice(None) for g in position.genes)]
+        own = [axis for axis, g in enumerate(position.genes) if g in widths]
+        shape = tuple(ids.shape[axis] for axis in own)
+        ids = np.moveaxis(ids, own, range(len(own))).reshape(math.prod(shape), -1)
+        columns = [widths.index(position.genes[axis]) for axis in own]
+        at = np.zeros(len(candidates), int)
+        for column, size in zip(columns, shape, strict=True):
+            at = at * size + candidates[:, column]
+        groups.setdefault((*columns, ids.shape, ids.tobytes()), [0, ids, at])[0] += 1
 
-    def gain(dims: Sequence[int]) -> int:
-        single, halves = wanted(dims)
-        new = sum(not counts[p] for p in single)
-        for half, stage in zip(halves, [s for s in stages for _ in range(2)], strict=True):
-            new += min(stage.num_blocks, sum(not counts[p] for p in half))
-        return new
+    counts = np.zeros(len(wanted))
 
-    archs = []
-    while True:
-        if widths <= 4096:
-            paths = list(itertools.product(*(s.dims for s in stages)))
+    def fill(fixed: Mapping[int, int]) -> np.ndarray:
+        """A row with these genes; position by position, the layer that was met least."""
+        row, seen = dict(fixed), counts.copy()
+        for position, ids in zip(space.positions, cells, strict=True):
+            options = ids[tuple(row.get(g, slice(None)) for g in position.genes)]
+            flat = np.ravel(options)
+            # random among equals, so that depth does not go with width
+            best = int(np.argmin(np.where(flat < 0, np.inf, seen[flat] + 0.5 * rng.random(flat.size))))
+            free = [g for g in position.genes if g not in row]
+            row.update(zip(free, map(int, np.unravel_index(best, np.shape(options))), strict=True))
+            if flat[best] >= 0:
+                seen[flat[best]] += 1
+        return space.normalise(np.array([[row.get(g, 0) for g in range(len(space.genes))]], np.int8))
+
+    rows = []
+    while (counts == 0).any():
+        fresh = np.append(counts == 0, False)
+        gain = sum(np.minimum(n, fresh[ids].sum(axis=1))[at] for n, ids, at in groups.values())
+        best = candidates[int(np.argmax(gain))].tolist()
+        first = int(np.argmin(counts))
+        p = next(p for p, ids in enumerate(cells) if (ids == first).any())
+        cell = np.argwhere(cells[p] == first)[0].tolist()
+        goals = (
+            {**present, **dict(zip(widths, best, strict=True))},
+            {**present, **dict(zip(space.positions[p].genes, cell, strict=True))},
+        )
+        for fixed in goals:
+            row = fill(fixed)
+            found = [ids[tuple(row[0, g] for g in pos.genes)] for pos, ids in zip(space.positions, cells, strict=True)]
+            found = [int(i) for i in found if i >= 0]
+            if (counts[found] == 0).any():
+                break
         else:
-            paths = [tuple(int(rng.choice(s.dims)) for s in stages) for _ in range(4096)]
-        dims = max(paths, key=gain)
-        if not gain(dims):
-            return archs
-        single, halves = wanted(dims)
-        counts.update(single)
-        entries: list[tuple] = [(*space.largest.patch_embed.to_def()[:1], dims[0])]
-        if space.largest.patch_embed.kind == 5:
-            entries = [(5, dims[0], space.largest.patch_embed.mid_dim)]
-        for s, stage in enumerate(stages):
-            if s:
-                entries.append((3, dims[s - 1], dims[s]))
-            for _ in range(stage.num_blocks):
-                # the least covered of each half; random among equals, so that depth does not go with width
-                attn, mlp = (min(half, key=lambda p: (counts[p], rng.random())) for half in halves[2 * s : 2 * s + 2])
-                counts.update((attn, mlp))
-                entries.append((1, (dims[s], attn.size, attn.head_dim), (dims[s], mlp.size), 1))
-        entries.append((2, dims[-1], space.largest.num_classes))
-        archs.append(Arch.from_network_def(entries))
+            raise LatencyError(f"no network of the space was found that holds {wanted[first]}")
+        np.add.at(counts, found, 1)
+        rows.append(row)
+    return space.decode(np.concatenate(rows))
 
 
 def spread_networks(space: SearchSpace, count: int, seed: int, avoid: Iterable[Arch] = ()) -> list[Arch]:
@@ -330,8 +213,7 @@ def spread_networks(space: SearchSpace, count: int, seed: int, avoid: Iterable[A
         avoid: Networks that are not given again, where others are found.
     """
     rng = np.random.default_rng([seed, count])
-    least, most = (space.cost_model.costs(a)["macs"] for a in (space.smallest, space.largest))
-    edges = np.linspace(least, most, count + 1)
+    edges = np.linspace(*space.cost_range("macs"), count + 1)
     taken = {a.key() for a in avoid}
     found: dict[str, Arch] = {}
     for low, high in itertools.pairwise(edges.tolist()):
@@ -345,223 +227,20 @@ def spread_networks(space: SearchSpace, count: int, seed: int, avoid: Iterable[A
     return list(found.values())
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """Times networks of one space under one setting.
-
-    All networks share one set of random weights (latency does not depend on them), so that many can be kept ready.
-
-    Args:
-        space: Gives the arguments that networks are built with.
-        setting: The conditions; the device must be this machine's.
-        min_run_time: Seconds that one network is repeated for in a round, but at least three times.
-
-    Attributes:
-        waited: Share of the last measurement's time that the CPU was not ours: other programs had it.
-
-    Raises:
-        LatencyError: The setting is of another device.
-    """
-
-    def __init__(self, space: SearchSpace, setting: Setting, min_run_time: float = 0.1) -> None:
-        _check_device(setting)
-        self.setting = setting
-        self.waited = 0.0
-        self.min_run_time = min_run_time
-        self._args = {k: v for k, v in space.model_args.items() if k in _MODEL_ARGS}
-        self._nets: dict[str, VitResNas] = {}
-        self._pool = torch.empty(0)
-        self._seconds: dict[str, float] = {}
-        self.network(space.largest)  # the shared weights are as many as it needs
-
-    def network(self, arch: Arch) -> VitResNas:
-        """The plain timm network in eval mode, on shared weights."""
-        arch = arch.canonical()
-        if arch.key() in self._nets:
-            return self._nets[arch.key()]
-        net = timm.create_model("vit_resnas", network_def=arch.to_network_def(), device="meta", **self._args).eval()
-        params = dict(net.named_parameters())
-        starts = np.cumsum([0, *(-(-p.numel() // 64) * 64 for p in params.values())]).tolist()  # aligned as torch does
-        if starts[-1] > self._pool.numel():
-            self._pool = torch.randn(starts[-1], generator=torch.Generator().manual_seed(0)).mul_(0.02)
-            self._pool = self._pool.to(self.setting.device, PRECISIONS[self.setting.precision][1])
-        state: dict[str, torch.Tensor] = {
-            name: self._pool[start : start + p.numel()].view(p.shape)
-            for start, (name, p) in zip(starts, params.items(), strict=False)
-        }
-        for name, buffer in net.named_buffers():  # batch norm's statistics
-            fill = torch.ones if name.endswith("var") else torch.zeros
-            dtype = self._pool.dtype if buffer.is_floating_point() else buffer.dtype
-            state[name] = fill(buffer.shape, dtype=dtype, device=self.setting.device)
-        net.load_state_dict(state, assign=True)
-        self._nets[arch.key()] = net
-        return net
-
-    def total(self, arch: Arch) -> list[float]:
-        """Milliseconds of each repeat of one round, from end to end: [repeats]."""
-        net = self.network(arch)
-        x = _images(net, self.setting)
-
-        def run(mark: Callable[[], None]) -> None:
-            mark()
-            net(x)
-            mark()
-
-        return self._repeat(run, arch.key(), 2)[:, 0].tolist()
-
-    def pieces(self, arch: Arch) -> np.ndarray:
-        """Milliseconds of each piece of each repeat of one round: [repeats, pieces]."""
-        net = self.network(arch)
-        x = _images(net, self.setting)
-        count = len(pieces_of(arch))
-        return self._repeat(lambda mark: forward_pieces(net, x, mark), arch.key(), count + 1)
-
-    def _repeat(self, run: Callable[[Callable[[], None]], Any], key: str, num_marks: int) -> np.ndarray:
-        if key not in self._seconds:
-            self._seconds[key] = float(_stamps(run, 1, num_marks, self.setting)[0].sum()) / 1e3
-        ms, self.waited = _stamps(run, _repeats(self.min_run_time, self._seconds[key]), num_marks, self.setting)
-        return ms
-
-
-def _check_device(setting: Setting) -> None:
-    if (name := device_name(setting.device)) != setting.device_name:
-        raise LatencyError(f"the setting is of {setting.device_name!r}, this machine's device is {name!r}")
-
-
-def _repeats(min_run_time: float, seconds: float) -> int:
-    return min(max(math.ceil(min_run_time / max(seconds, 1e-9)), _MIN_REPEATS), _MAX_REPEATS)
-
-
-def _images(net: torch.nn.Module, setting: Setting) -> torch.Tensor:
-    height, width = net.img_size
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(setting.batch_size, net.in_chans, height, width, generator=generator)
-    return x.to(setting.device, PRECISIONS[setting.precision][1])
-
-
-def _stamps(
-    run: Callable[[Callable[[], None]], Any], number: int, num_marks: int, setting: Setting
-) -> tuple[np.ndarray, float]:
-    """Milliseconds between the marks of ``number`` runs, [number, num_marks - 1], after warming up; share waited."""
-    marks: list[Any] = []
-    amp = PRECISIONS[setting.precision][0]
-
-    def mark_cpu() -> None:
-        marks.append(time.perf_counter())
-
-    def mark_cuda() -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        marks.append(event)
-
-    mark = mark_cuda if setting.device == "cuda" else mark_cpu
-
-    @torch.inference_mode()
-    def forward() -> None:
-        with torch.autocast(setting.device, dtype=amp, enabled=amp is not None):
-            run(mark)
-
-    # torch's timer sets the threads, warms up, keeps the garbage collector out and waits for the device
-    wall, own = time.perf_counter(), time.thread_time()
-    Timer("forward()", globals={"forward": forward}, num_threads=setting.num_threads).timeit(number)
-    wall, own = time.perf_counter() - wall, time.thread_time() - own
-    rows = [marks[i : i + num_marks] for i in range(len(marks) - number * num_marks, len(marks), num_marks)]
-    if setting.device == "cuda":
-        return np.array([[a.elapsed_time(b) for a, b in itertools.pairwise(row)] for row in rows]), 0.0
-    return np.diff(np.array(rows), axis=1) * 1e3, max(0.0, 1 - own / wall)
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Fastest, median and interquartile range of rounds, as ``dict(ms, median_ms, iqr)``."""
-    low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
-    return {"ms": round(float(np.min(values)), 6), "median_ms": round(middle, 6), "iqr": round(high - low, 6)}
-
-
-def run_rounds(
-    meter: Any,
-    jobs: Mapping[str, tuple[Arch, bool]],
-    num_rounds: int,
-    done: Iterable[Mapping[str, Any]] = (),
-    seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """Measure networks in interleaved rounds, each round in another order.
-
-    Args:
-        meter: A :class:`Meter`.
-        jobs: By name a network, and whether its pieces are timed (else the whole).
-        num_rounds: How often each network is measured.
-        done: Records of an earlier, broken run; what they hold is not measured again.
-        seed: Seed of the order.
-
-    Yields:
-        One JSON-plain record per measurement: ``job``, ``round``, ``ms``, the fastest repeat (of each piece), and
-        ``waited``, see :class:`Meter`.
-    """
-    known = {(record["job"], record["round"]) for record in done}
-    for i in range(num_rounds):
-        for name in np.random.default_rng([seed, i]).permutation(list(jobs)).tolist():
-            if (name, i) in known:
-                continue
-            arch, split = jobs[name]
-            fastest = np.min(meter.pieces(arch) if split else meter.total(arch), axis=0)
-            yield {"job": name, "round": i, "ms": np.round(fastest, 6).tolist(), "waited": round(meter.waited, 4)}
-
-
-def measure(
-    model: torch.nn.Module, setting: Setting, *, rounds: int = 30, min_run_time: float = 0.1
-) -> dict[str, float]:
-    """Latency of a timm model from end to end, in eval and inference mode: ``dict(ms, median_ms, iqr)``, milliseconds.
-
-    The fastest repeat of all rounds; median and interquartile range of each round's fastest. The model is left on the
-    setting's device and in its precision's type, in eval mode.
-
-    Args:
-        model: Any model with timm's ``img_size`` (height, width) and ``in_chans``.
-        setting: The conditions; the device must be this machine's.
-        rounds: Number of rounds.
-        min_run_time: Seconds per round, but at least three repeats.
-
-    Raises:
-        LatencyError: The setting is of another device.
-    """
-    _check_device(setting)
-    model = model.to(setting.device, PRECISIONS[setting.precision][1]).eval()
-    x = _images(model, setting)
-
-    def run(mark: Callable[[], None]) -> None:
-        mark()
-        model(x)
-        mark()
-
-    number = _repeats(min_run_time, float(_stamps(run, 1, 2, setting)[0].sum()) / 1e3)
-    return summary([float(_stamps(run, number, 2, setting)[0].min()) for _ in range(rounds)])
-
-
 def measure_network(
-    arch: Arch | Any, space: SearchSpace, table: LatencyTable, *, rounds: int = 30, min_run_time: float = 0.1
+    arch: Any, space: SearchSpace, table: LatencyTable, *, rounds: int = 30, min_run_time: float = 0.1
 ) -> dict[str, float]:
-    """Latency of a network of the space from end to end, under the table's conditions, as :func:`measure` gives it.
-
-    Args:
-        arch: The network, or its ``network_def``.
-        space: The search space that the table is for.
-        table: Gives device, threads, batch size and precision.
-        rounds: See :func:`measure`; so is ``min_run_time``.
+    """Latency of a network of the space from end to end, under the table's conditions, as `measure` gives it.
 
     Raises:
         LatencyError: The table is of another space or device.
         ValueError: The network is not of the space.
     """
-    arch = Arch.from_network_def(arch)
-    table.check(space, device=table.setting.device)
-    space.check(arch)
-    net = Meter(space, table.setting).network(arch)
-    return measure(net, table.setting, rounds=rounds, min_run_time=min_run_time)
-
-
-# -- fitting ----------------------------------------------------------------------------------------------------------
+    arch = space.arch_type.parse(arch)
+    table.check(space, device=table.conditions.device)
+    space.encode(arch)
+    net = LatencyTimer(space, table.conditions).network(arch)
+    return measure(net, table.conditions, rounds=rounds, min_run_time=min_run_time)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float], through_zero: bool = False) -> tuple[float, float]:
@@ -588,174 +267,108 @@ def fit_line(x: Sequence[float], y: Sequence[float], through_zero: bool = False)
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-class _Grid(NamedTuple):
-    """Measured times of one kind of piece over its two axes."""
-
-    dims: np.ndarray
-    sizes: np.ndarray
-    ms: np.ndarray  # [dims, sizes]
-
-    def at(self, dim: int, size: int) -> float | None:
-        """Bilinear between measured values; None outside."""
-        weights = []
-        for axis, value in ((self.dims, dim), (self.sizes, size)):
-            if not axis[0] <= value <= axis[-1]:
-                return None
-            weight = np.zeros(len(axis))
-            high = int(np.searchsorted(axis, value))
-            if axis[high] == value:
-                weight[high] = 1
-            else:
-                weight[high] = (value - axis[high - 1]) / (axis[high] - axis[high - 1])
-                weight[high - 1] = 1 - weight[high]
-            weights.append(weight)
-        return float(weights[0] @ self.ms @ weights[1])
-
-
-class LatencyCosts:
-    """The table as extra costs of :class:`SearchSpace` and searches; ``table.costs`` is one.
-
-    It is a sum over pieces, so that a space computes it for thousands of networks at once, see
-    :class:`~timm_resnas.nas.space.AdditiveCosts`.
-    """
-
-    name = "latency_ms"
-    unit = _NS
-
-    def __init__(self, table: LatencyTable) -> None:
-        self._table = table
-        self.check = table.check
-        self.piece = table.piece_ns
-
-    def __call__(self, arch: Arch) -> dict[str, float]:
-        return {"latency_ms": self._table.predict(arch)}
-
-
 class LatencyTable:
-    """Times of the pieces of a space's networks under one setting, and the latency they predict.
+    """Times of layers under one set of conditions, and the latency that they predict.
 
     Args:
-        setting: The conditions of the measurement.
-        model_args: The space's model arguments that decide latency.
-        stem: Type and mid channels of the patch embedding.
-        pieces: Measured pieces: ``dict(ms, iqr, samples)``, and ``median_ms`` where it was measured. Of each kind,
-            stage and head_dim they form a full grid.
-        overhead_ms: Of a network, beside ``scale`` times the sum of its pieces; from the calibration.
+        conditions: The conditions of the measurement.
+        layers: Measured layers: ``dict(ms, median_ms, iqr, samples)`` of each.
+        overhead_ms: Of a network, beside ``scale`` times the sum of its layers; from the calibration.
         scale: See ``overhead_ms``.
         notes: How it was made and how well it predicts, JSON-plain; kept, not read.
 
-    Attributes:
-        costs: ``costs(arch) -> {"latency_ms": ...}``, the ``extra_costs`` of :class:`SearchSpace` and searches.
-
     Raises:
-        LatencyError: Pieces are missing or out of range.
+        LatencyError: A number is out of range.
     """
 
     def __init__(
         self,
-        setting: Setting,
-        model_args: Mapping[str, Any],
-        stem: tuple[int, int],
-        pieces: Mapping[Piece, Mapping[str, float]],
+        conditions: Conditions,
+        layers: Mapping[Layer, Mapping[str, float]],
         *,
         overhead_ms: float = 0.0,
         scale: float = 1.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.setting = setting
-        self.model_args = {k: model_args[k] for k in _MODEL_ARGS}
-        self.model_args["img_size"] = _sides(self.model_args["img_size"])
-        self.stem = tuple(stem)
-        self.pieces = dict(pieces)
-        self.overhead_ms, self.scale = float(overhead_ms), float(scale)
+        self.conditions = conditions
+        self.layers = dict(layers)
+        self.overhead_ms = _number("overhead_ms", overhead_ms)
+        self.scale = _number("scale", scale)
+        if not self.scale:
+            raise LatencyError("scale must be above 0")
         self.notes: dict[str, Any] = dict(notes or {})
-        if not (math.isfinite(self.overhead_ms) and self.overhead_ms >= 0):
-            raise LatencyError(f"overhead_ms must be a number of at least 0, got {overhead_ms!r:.40}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise LatencyError(f"scale must be a number above 0, got {scale!r:.40}")
-        self._grids = _grids(self.pieces)
-        self._ns: dict[Piece, int] = {}
-        self.costs = LatencyCosts(self)
+        self._times = _Times({layer: value["ms"] for layer, value in self.layers.items()})
+        self._ns: dict[Layer, int] = {}
 
     def __repr__(self) -> str:
-        return f"LatencyTable({len(self.pieces)} pieces, {self.setting})"
+        return f"LatencyTable({len(self.layers)} layers, {self.conditions})"
 
-    # -- predicting ---------------------------------------------------------------------------------------------------
-
-    def predict(self, arch: Arch) -> float:
-        """Latency of one forward in milliseconds.
+    def layer_ns(self, layer: Layer) -> int:
+        """What a layer adds to the prediction, in nanoseconds.
 
         Raises:
-            LatencyError: The network has a piece outside of what was measured.
+            LatencyError: It was not measured and lies between no measured ones.
         """
-        ns = self._ns
-        return sum(ns[p] if p in ns else self.piece_ns(p) for p in pieces_of(arch)) / _NS
-
-    def piece_ns(self, piece: Piece) -> int:
-        """What a piece adds to the prediction, in nanoseconds; the stem includes the network's overhead.
-
-        Raises:
-            LatencyError: It is outside of what was measured.
-        """
-        piece = Piece(*piece)
-        if piece not in self._ns:
-            grid = self._grids.get((piece.kind, piece.stage, piece.head_dim))
-            ms = grid.at(piece.dim, piece.size) if grid else None
+        if layer not in self._ns:
+            ms = self._times.at(layer)
             if ms is None:
-                have = "none of its kind"
-                if grid:
-                    first, *_, last = [str((int(d), int(s))) for d in grid.dims for s in grid.sizes] * 2
-                    have = f"widths from {first} to {last}"
-                raise LatencyError(f"the latency table does not hold {piece}; it holds {have}")
-            own = self.scale * ms + (self.overhead_ms if piece.kind == "stem" else 0)
-            self._ns[piece] = round(own * _NS)
-        return self._ns[piece]
+                raise LatencyError(f"the latency table does not hold {layer}; it holds {self._held(layer.kind)}")
+            self._ns[layer] = round(self.scale * ms * _NS)
+        return self._ns[layer]
 
-    def check(self, space: SearchSpace, **setting: Any) -> None:
-        """Say why the table is not for this space, or not for these conditions.
+    def _held(self, kind: str) -> str:
+        axes: dict[str, set[int]] = defaultdict(set)
+        for name, value in (pair for layer in self.layers if layer.kind == kind for pair in layer.shape):
+            axes[name].add(value)
+        text = ", ".join(f"{n} {' '.join(map(str, sorted(v)[:_MAX_CHOICES]))}" for n, v in axes.items())
+        return f"{kind} with {text}" if axes else f"no {kind}"
+
+    @property
+    def overhead_ns(self) -> int:
+        """What every network has beside its layers, in nanoseconds."""
+        return round(self.overhead_ms * _NS)
+
+    def predict(self, arch: Arch, **model_args: Any) -> float:
+        """Latency of one forward in milliseconds; arguments as of `Arch.layers`, a space's are ``**space.model_args``.
+
+        Raises:
+            LatencyError: The network has a layer outside of what was measured.
+        """
+        return (self.overhead_ns + sum(map(self.layer_ns, arch.layers(**model_args)))) / _NS
+
+    def price(self, space: SearchSpace, **conditions: Any) -> None:
+        """Give the space the cost ``latency_ms``; arguments and errors as of `check`."""
+        self.check(space, **conditions)
+        space.price("latency_ms", self.layer_ns, unit=_NS, base=self.overhead_ns)
+
+    def check(self, space: SearchSpace, **conditions: Any) -> None:
+        """Say why the table is not for these conditions, or does not hold a layer of the space.
 
         Args:
             space: The search space, with the model arguments that its networks are built with.
-            **setting: Conditions that must be the table's: any of :class:`Setting`'s names. ``device`` also means that
-                this machine's device has the same name.
+            **conditions: What must be the table's: any of the names of `Conditions`. ``device`` also means that this
+                machine's device has the same name.
 
         Raises:
-            LatencyError: With every difference.
+            LatencyError: With every condition that differs, or with the layer.
         """
-        wrong = []
-        own = {f.name: getattr(self.setting, f.name) for f in fields(Setting)}
-        for name, value in setting.items():
-            if name not in own:
-                raise TypeError(f"unknown condition {name!r}; known: {', '.join(own)}")
-            if value is not None and value != own[name]:
-                wrong.append((name, own[name], value))
-        device = setting.get("device")
-        if device == self.setting.device and (name := device_name(device)) != self.setting.device_name:
-            wrong.append(("device_name", self.setting.device_name, name))
-        args = space.model_args
-        args["img_size"] = _sides(args["img_size"])
-        wrong += [(k, v, args.get(k)) for k, v in self.model_args.items() if v != args.get(k)]
-        stem = (space.largest.patch_embed.kind, space.largest.patch_embed.mid_dim)
-        if stem != self.stem:
-            wrong.append(("patch embedding (type, mid channels)", self.stem, stem))
+        own = asdict(self.conditions)
+        if unknown := set(conditions) - set(own):
+            raise TypeError(f"unknown condition {min(unknown)!r}; known: {', '.join(own)}")
+        wrong = [(k, own[k], v) for k, v in conditions.items() if v is not None and v != own[k]]
+        device = conditions.get("device")
+        if device == own["device"] and (name := device_name(device)) != own["device_name"]:
+            wrong.append(("device_name", own["device_name"], name))
         if wrong:
             text = "; ".join(f"{k} is {theirs!r}, the table's is {ours!r}" for k, ours, theirs in wrong)
             raise LatencyError(f"the latency table does not fit: {text}. Measure one for these conditions")
-        for piece in _all_pieces(space):
-            self.piece_ns(piece)
+        for layer in _every_layer(space):
+            self.layer_ns(layer)
 
-    # -- making -------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def jobs(cls, space: SearchSpace, calibration: int = 8, seed: int = 0) -> dict[str, tuple[Arch, bool]]:
-        """What :func:`run_rounds` has to measure for a table: networks of all pieces, and some from end to end.
-
-        Args:
-            space: The search space.
-            calibration: Random networks, spread over the range of MACs, that the calibration is fitted on.
-            seed: Seed of the random networks.
-        """
-        jobs = {f"pieces {i}": (arch, True) for i, arch in enumerate(cover_networks(space))}
+    @staticmethod
+    def jobs(space: SearchSpace, calibration: int = 8, seed: int = 0) -> dict[str, tuple[Arch, bool]]:
+        """What `run_rounds` has to measure for a table: networks of all layers, and random ones from end to end."""
+        jobs = {f"layers {i}": (arch, True) for i, arch in enumerate(cover_networks(space))}
         whole = spread_networks(space, calibration, seed)
         return jobs | {f"calibration {i}": (arch, False) for i, arch in enumerate(whole)}
 
@@ -763,102 +376,111 @@ class LatencyTable:
     def from_records(
         cls,
         space: SearchSpace,
-        setting: Setting,
+        conditions: Conditions,
         jobs: Mapping[str, tuple[Arch, bool]],
         records: Iterable[Mapping[str, Any]],
     ) -> LatencyTable:
-        """The table of the records that :func:`run_rounds` gave for :meth:`jobs`.
+        """The table of the records that `run_rounds` gave for `jobs`.
 
         Raises:
             LatencyError: Records are missing.
         """
-        rounds: dict[Piece, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        wanted = set(measured_layers(space))
+        rounds: dict[Layer, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         totals: dict[str, list[float]] = defaultdict(list)
-        waits: list[float] = []
+        contention: list[float] = []
         for record in records:
             if record["job"] not in jobs:
                 continue
-            waits.append(record["waited"])
+            contention.append(record["contention"])
             arch, split = jobs[record["job"]]
             if not split:
                 totals[record["job"]].append(record["ms"])
                 continue
-            for piece, ms in zip(pieces_of(arch), record["ms"], strict=True):
-                rounds[piece][record["round"]].append(ms)
-        pieces = {}
-        for piece, by_round in rounds.items():
-            # a piece that comes several times counts with its mean, for it is summed as often
-            pieces[piece] = summary([float(np.mean(ms)) for ms in by_round.values()])
-            pieces[piece]["samples"] = sum(map(len, by_round.values()))
-        stem = (space.largest.patch_embed.kind, space.largest.patch_embed.mid_dim)
-        args = {k: space.model_args[k] for k in _MODEL_ARGS}
-        table = cls(setting, args, stem, pieces)
+            for layer, ms in zip(space.layers(arch), record["ms"], strict=True):
+                if layer in wanted:  # others would lie across the thinned grid
+                    rounds[layer][record["round"]].append(ms)
+        layers = {}
+        for layer, by_round in rounds.items():
+            # a layer that comes several times counts with its mean, for it is summed as often
+            layers[layer] = summary([float(np.mean(ms)) for ms in by_round.values()])
+            layers[layer]["samples"] = sum(map(len, by_round.values()))
+        table = cls(conditions, layers)
+        table.check(space)
         networks = []
         for name, (arch, split) in jobs.items():
             if not split and totals[name]:
-                measured = summary(totals[name])
-                networks.append({"network_def": json.loads(arch.to_json()), "sum": table.predict(arch), **measured})
+                total = table.predict(arch, **space.model_args)
+                networks.append({**arch.record(), "sum": total, **summary(totals[name])})
         if networks:
-            x, y = ([n[k] for n in networks] for k in ("sum", "ms"))
-            table = cls(setting, args, stem, pieces, **dict(zip(("overhead_ms", "scale"), fit_line(x, y), strict=True)))
-        num_rounds = max((len(r) for r in rounds.values()), default=0)
-        table.notes = {"rounds": num_rounds, "waited": round(float(np.mean(waits or [0])), 4), "calibration": networks}
-        table.check(space)
+            overhead, scale = fit_line([n["sum"] for n in networks], [n["ms"] for n in networks])
+            table = cls(conditions, layers, overhead_ms=overhead, scale=scale)
+        table.notes = {
+            "model_args": space.model_args,
+            "rounds": max((len(r) for r in rounds.values()), default=0),
+            "contention": round(float(np.mean(contention or [0])), 4),
+            "calibration": networks,
+        }
         return table
 
     @classmethod
     def measure(
-        cls, space: SearchSpace, setting: Setting, *, rounds: int = 10, calibration: int = 8, seed: int = 0
+        cls, space: SearchSpace, conditions: Conditions, *, rounds: int = 10, calibration: int = 8, seed: int = 0
     ) -> LatencyTable:
         """Measure a table on this machine; ``recipes/latency.py`` does the same with progress, resuming and a check."""
         jobs = cls.jobs(space, calibration, seed)
-        return cls.from_records(space, setting, jobs, run_rounds(Meter(space, setting), jobs, rounds))
+        return cls.from_records(space, conditions, jobs, run_rounds(LatencyTimer(space, conditions), jobs, rounds))
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """The table as text: conditions, calibration, then one line per piece."""
+        """The table as text: conditions, calibration, then one line per layer."""
         head = {
             "format": _FORMAT,
-            "setting": asdict(self.setting),
-            "model_args": self.model_args,
-            "stem": list(self.stem),
+            "conditions": asdict(self.conditions),
             "overhead_ms": self.overhead_ms,
             "scale": self.scale,
         }
         lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
-        rows = [json.dumps({**p.to_json(), **self.pieces[p]}) for p in sorted(self.pieces, key=_reading_order)]
-        lines.append(' "pieces": [\n  ' + ",\n  ".join(rows) + "\n ]")
-        lines.append(' "notes": ' + _lines(self.notes))
+        rows = [
+            json.dumps({"kind": layer.kind, "shape": dict(layer.shape), **self.layers[layer]})
+            for layer in sorted(self.layers, key=lambda layer: (layer.kind, layer.shape))
+        ]
+        lines.append(' "layers": [\n  ' + ",\n  ".join(rows) + "\n ]")
+        notes = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in self.notes.items()]
+        lines.append(' "notes": {\n' + ",\n".join(notes) + "\n }")
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> LatencyTable:
-        """Inverse of :meth:`to_json`; the text is checked, for it may come from the net.
+        """Inverse of `to_json`; the text is checked, for it may come from the net.
 
         Raises:
-            LatencyError: It is no latency table; the message names what is wrong.
+            LatencyError: It is not a latency table; the message names what is wrong.
         """
         try:
             data = json.loads(text)
         except ValueError as e:
-            raise LatencyError(f"not a latency table: no JSON ({e})") from None
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            got = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise LatencyError(f"not a latency table: not JSON ({e})") from None
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if got == _FORMAT_1:
+            raise LatencyError("measure again: the latency table is of format 1, which held parts of one family only")
+        if got != _FORMAT:
             raise LatencyError(f"not a latency table of format {_FORMAT!r}, got {got!r:.60}")
         try:
-            known = {f.name for f in fields(Setting)}
-            if set(data["setting"]) != known:
-                raise LatencyError(f"setting must have {', '.join(sorted(known))}; got {', '.join(data['setting'])}")
-            pieces = {}
-            for i, row in enumerate(data["pieces"]):
-                pieces[_piece(i, row)] = {k: _time(i, row, k) for k in _TIMES if k in row or k != "median_ms"}
-            kind, mid = data["stem"]
+            known = {f.name for f in fields(Conditions)}
+            if set(data["conditions"]) != known:
+                got = ", ".join(data["conditions"])
+                raise LatencyError(f"conditions must have {', '.join(sorted(known))}; got {got}")
+            layers: dict[Layer, dict[str, float]] = {}
+            for i, row in enumerate(data["layers"]):
+                layer = _read_layer(i, row)
+                if layer in layers:
+                    raise LatencyError(f"layer {i} {layer} is there twice")
+                layers[layer] = {k: _number(f"layer {i}: {k}", row.get(k)) for k in _TIMES}
             return cls(
-                Setting(**data["setting"]),
-                data["model_args"],
-                (kind, mid),
-                pieces,
+                Conditions(**data["conditions"]),
+                layers,
                 overhead_ms=data["overhead_ms"],
                 scale=data["scale"],
                 notes=data.get("notes"),
@@ -880,7 +502,7 @@ class LatencyTable:
         """Read a file.
 
         Raises:
-            LatencyError: There is none, or it is no latency table; the message names the file.
+            LatencyError: There is none, or it is not a latency table; the message names the file.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -890,70 +512,17 @@ class LatencyTable:
             raise LatencyError(f"{path}: {e}") from None
 
 
-def _sides(img_size: Any) -> list[int]:
-    return [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+def _read_layer(i: int, row: Any) -> Layer:
+    kind, shape = (row.get("kind"), row.get("shape")) if isinstance(row, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(shape, dict):
+        raise LatencyError(f"layer {i} must be a dict with kind and shape; got {row!r:.80}")
+    for name, value in shape.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise LatencyError(f"layer {i}: {name} must be an integer, got {value!r:.40}")
+    return Layer(kind, tuple(sorted(shape.items())))
 
 
-def _all_pieces(space: SearchSpace) -> list[Piece]:
-    """Every piece of the space's networks, without thinning."""
-    stages = _choices(space, sys.maxsize)
-    pieces = [Piece("stem", 0, dim) for dim in stages[0].dims]
-    for s, stage in enumerate(stages):
-        if s:
-            pieces += [Piece("reduction", s, a, b) for a in stages[s - 1].dims for b in stage.dims]
-        for dim in stage.dims:
-            pieces += [Piece("attn", s, dim, *heads) for heads in stage.heads]
-            pieces += [Piece("mlp", s, dim, hidden) for hidden in stage.hidden]
-    return pieces + [Piece("head", len(stages) - 1, dim) for dim in stages[-1].dims]
-
-
-def _grids(pieces: Mapping[Piece, Mapping[str, float]]) -> dict[tuple[str, int, int], _Grid]:
-    groups: dict[tuple[str, int, int], dict[tuple[int, int], float]] = defaultdict(dict)
-    for piece, value in pieces.items():
-        groups[piece.kind, piece.stage, piece.head_dim][piece.dim, piece.size] = value["ms"]
-    grids = {}
-    for (kind, stage, head_dim), cells in groups.items():
-        dims, sizes = (sorted(set(axis)) for axis in zip(*cells, strict=True))
-        for dim, size in itertools.product(dims, sizes):
-            if (dim, size) not in cells:
-                raise LatencyError(f"{Piece(kind, stage, dim, size, head_dim)} is missing")
-        ms = np.array([[cells[d, s] for s in sizes] for d in dims], np.float64)
-        grids[kind, stage, head_dim] = _Grid(np.array(dims), np.array(sizes), ms)
-    return grids
-
-
-def _reading_order(piece: Piece) -> tuple:
-    order = {"stem": (0, 0), "head": (2, 0), "reduction": (1, 0), "attn": (1, 1), "mlp": (1, 2)}[piece.kind]
-    return order[0], piece.stage, order[1], piece.head_dim, piece.dim, piece.size
-
-
-def _piece(i: int, row: Any) -> Piece:
-    kind = row.get("piece") if isinstance(row, dict) else None
-    if kind not in _NAMES:
-        raise LatencyError(f"piece {i} must be a dict with piece one of {', '.join(_NAMES)}; got {row!r:.80}")
-    values: list[Any] = [kind]
-    for name in _NAMES[kind][1:]:
-        value = row.get(name) if name else 0
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1 << 16:
-            raise LatencyError(f"piece {i}: {name} must be an integer from 0 to {1 << 16}, got {value!r:.40}")
-        values.append(value)
-    return Piece(*values)
-
-
-def _time(i: int, row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise LatencyError(f"piece {i}: {name} must be a number of at least 0, got {value!r:.40}")
+def _number(what: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
+        raise LatencyError(f"{what} must be a number from 0 to 1e9, got {value!r:.40}")
     return value
-
-
-def _lines(notes: Mapping[str, Any]) -> str:
-    """JSON with one line per entry, and per item of a list of dicts."""
-    parts = []
-    for key, value in notes.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n   " + ",\n   ".join(map(json.dumps, value)) + "\n  ]"
-        else:
-            text = json.dumps(value)
-        parts.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n }" if parts else "{}"

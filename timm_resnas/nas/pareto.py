@@ -134,7 +134,7 @@ class ParetoSearch(Search):
                 score and the largest network's for a cost, so that searches of one space can be compared.
 
         Raises:
-            ValueError: A name is no objective, or no room is left between the reference and the ideal.
+            ValueError: A name is not an objective, or no room is left between the reference and the ideal.
         """
         return self._hypervolume(self.history, reference)
 
@@ -210,8 +210,8 @@ class ParetoSearch(Search):
     def _spread(self, n: int) -> list[tuple[Arch, str]]:
         """Up to ``n`` different networks within budget, at even ratios of MACs from the least to the most.
 
-        Independent draws all cost about the same, the mean. Here each network prefers large or small choices by a
-        tilt of its own: a choice at x of the way from a layer's largest to its smallest has the odds exp(tilt * x).
+        Independent draws all cost about the same, the mean. Here each network prefers large or small choices by its
+        tilt: a choice at x of the way from a layer's largest to its smallest has the odds exp(tilt * x).
         What is above a limit is redrawn with more tilt to small.
         """
         pool = {arch.key(): arch for arch in (self.space.smallest, self.space.largest) if self._fits(arch)}

@@ -3,8 +3,6 @@
 Inside, a network is a row of small integers, one per gene: an index into the gene's choices, 0 the largest. Thousands
 of rows are drawn, costed and compared at once; an `Arch` is made of accepted rows only. A family subclasses
 `SearchSpace` with its genes, the layers that they decide, and the way from rows to its Arch and back.
-
-The generator is that of "Searching for Efficient Multi-Stage Vision Transformers" (arXiv 2109.00642, released code).
 """
 
 from __future__ import annotations
@@ -14,22 +12,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..arch import Arch, Layer, image_size
 from .cost import Budget, BudgetError, format_cost
+from .generator import ABSENT, MAX_PROPOSALS, generate
 from .tables import Position, Table
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["BudgetError", "Gene", "MAX_CHOICES", "Position", "SearchSpace"]
 
 MAX_CHOICES = 64  # of one gene; a space may come from the net
-_FREE_STEPS = 100  # steps of random shrinking before widths and removal join (released code)
-_MAX_PROPOSALS = 1 << 17  # effort before a band counts as too narrow: some seconds
 _MAX_TRIES = 1 << 14  # the same for one child
-_MAX_STARTS = 1 << 17  # starting points of the generator that are listed rather than drawn
-_ABSENT = 1  # index of a presence gene
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Gene:
     @property
     def absence(self) -> float:
         """Share of the draws in which a presence gene is absent."""
-        return self.draws.count(_ABSENT) / len(self.draws)
+        return self.draws.count(ABSENT) / len(self.draws)
 
     @property
     def step_odds(self) -> tuple[float, float]:
@@ -94,6 +92,7 @@ class SearchSpace(ABC):
         arch_type: The family's Arch.
         supernet: Entry point of its supernet: ``timm.create_model(space.supernet, space=space.to_dict())``.
         presets: Named spaces: functions of model arguments.
+        training_args: Names of the model arguments that only training uses.
         searched: The genes that leave a choice, in network order.
         largest: The network of all largest choices.
         smallest: The network of all least choices, what can be absent absent.
@@ -103,6 +102,7 @@ class SearchSpace(ABC):
     arch_type: ClassVar[type[Arch]]
     supernet: ClassVar[str]
     presets: ClassVar[Mapping[str, Callable[..., SearchSpace]]] = {}
+    training_args: ClassVar[tuple[str, ...]] = ()
     _families: ClassVar[dict[str, type[SearchSpace]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -307,6 +307,15 @@ class SearchSpace(ABC):
             rows[:, column] = np.array(gene.draws)[picks[:, i]]
         return self.decode(self.normalise(rows))
 
+    def layers(self, arch: Arch) -> tuple[Layer, ...]:
+        """The layers of a network at the space's ``model_args``, see `Arch.layers`."""
+        return arch.layers(**self._model_args)
+
+    def network(self, arch: Arch, **kwargs: Any) -> nn.Module:
+        """The plain timm network for evaluation: canonical, without what only training uses; ``kwargs`` as `create`."""
+        args = {name: value for name, value in self.model_args.items() if name not in self.training_args}
+        return arch.canonical().create(**args, **kwargs)
+
     def cascade(self, rows: np.ndarray) -> np.ndarray:
         """Make absent, in place, what follows an absent part. [n, genes]"""
         for column, before in self._follows:
@@ -405,9 +414,9 @@ class SearchSpace(ABC):
         found: list[Arch] = []
         tried, rate = 0, 0.5
         nearest = _NearestMiss(budget)
-        while len(found) < n and tried < (4 * _MAX_PROPOSALS if found else _MAX_PROPOSALS):
+        while len(found) < n and tried < (4 * MAX_PROPOSALS if found else MAX_PROPOSALS):
             batch = min(math.ceil((n - len(found)) / rate * 1.05) + 4, 4096)
-            rows = self._generate(batch, rng, budget)
+            rows = generate(self, batch, rng, budget)
             tried += len(rows)
             good = self._within(rows, budget)
             if not found and not good.any():
@@ -553,7 +562,7 @@ class SearchSpace(ABC):
                 good &= cost >= budget.band[0]
         return good
 
-    # -- the generator -----------------------------------------------------------------------------------------------
+    # -- rows -------------------------------------------------------------------------------------------------------
 
     def _uniform(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Every gene for itself, before `normalise`."""
@@ -561,95 +570,6 @@ class SearchSpace(ABC):
         np.minimum(rows, self._last, out=rows)  # a float32 product may round up to the count
         rows[:, self._presence] = rng.random((n, len(self._presence)), np.float32) < self._absence
         return rows
-
-    def _generate(self, n: int, rng: np.random.Generator, budget: Budget) -> np.ndarray:
-        """Proposals of the paper's generator: each ends at or below the limit, in the band or not.
-
-        Each row is a walk and all walks are run to their end, so which of them are in the band does not depend on which
-        end first.
-        """
-        floor, limit = budget.band
-        rows, cost = self._starts(n, rng, budget.first, floor)
-        above = np.flatnonzero(cost > limit)
-        rows[above] = self._shrink(rows[above], cost[above], budget.first, limit, rng)
-        return self.normalise(rows)
-
-    def _starts(self, n: int, rng: np.random.Generator, name: str, floor: float) -> tuple[np.ndarray, np.ndarray]:
-        """Random widths and depth, units at their maximum, given that the cost is at least ``floor``."""
-        table = self.table(name)
-        found_rows, found_cost, found, tried = [], [], 0, 0
-        listed = math.prod(self._counts_int[c] for c in self._structural) <= _MAX_STARTS
-        while found < n and tried < _MAX_PROPOSALS:
-            if tried >= 4 * n and found < 0.02 * tried and listed:
-                return self._listed_starts(n, rng, name, floor)
-            batch = max(64, min(2 * n, 4096))
-            rows = np.zeros((batch, len(self.genes)), np.int8)
-            for column in self._widths:
-                rows[:, column] = rng.integers(self._counts_int[column], size=batch)
-            rows[:, self._presence] = rng.random((batch, len(self._presence)), np.float32) < self._absence
-            rows = self.normalise(rows)
-            cost = table.cost(rows)
-            keep = cost >= floor
-            found_rows.append(rows[keep])
-            found_cost.append(cost[keep])
-            found += int(keep.sum())
-            tried += batch
-        if not found:
-            raise _no_start(name, floor, f"{tried} random tries")
-        return np.concatenate(found_rows)[:n], np.concatenate(found_cost)[:n]
-
-    def _listed_starts(
-        self, n: int, rng: np.random.Generator, name: str, floor: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The same as rejection, drawn from the list of all starts: for limits near the largest network."""
-        table = self.table(name)
-        if table.listed is None:
-            grid = np.indices([self._counts_int[c] for c in self._structural], dtype=np.int8)
-            grid = grid.reshape(len(self._structural), -1).T
-            rows = np.zeros((len(grid), len(self.genes)), np.int8)
-            rows[:, self._structural] = grid
-            absent = rows[:, self._presence] == _ABSENT
-            prob = np.where(absent, self._absence, 1 - self._absence).prod(axis=1)  # widths are uniform
-            rows = self.normalise(rows)
-            cost = table.cost(rows)
-            order = np.argsort(-cost, kind="stable")
-            table.listed = rows[order], cost[order], np.cumsum(prob[order])
-        rows, cost, cumulative = table.listed
-        count = int(np.searchsorted(-cost, -floor, side="right"))
-        if not count:
-            raise _no_start(name, floor, f"the most is {format_cost(name, cost[0])}")
-        picked = np.searchsorted(cumulative[:count], rng.random(n) * cumulative[count - 1], side="right")
-        picked = np.minimum(picked, count - 1)
-        return rows[picked].copy(), cost[picked].copy()
-
-    def _shrink(
-        self, rows: np.ndarray, cost: np.ndarray, name: str, limit: float, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Random steps down, each row until its cost is no more than the limit."""
-        table = self.table(name)
-        out = rows.copy()
-        left = np.arange(len(rows))
-        chunk, step = 20, 0  # a divisor of _FREE_STEPS
-        while left.size:
-            odds = self._odds[step >= _FREE_STEPS]
-            actions = np.searchsorted(odds, rng.random((chunk, len(left)), np.float32), side="right")
-            each = np.arange(len(left))
-            for act in actions:
-                index = rows[each, act]
-                moves = (cost > limit) & (index < self._last[act])
-                cost -= moves * table.drop(rows, act, index)
-                rows[each, act] = index + moves
-                redo = np.flatnonzero(moves & ~table.local[act])
-                if redo.size:
-                    part = self.cascade(rows[redo])
-                    rows[redo] = part
-                    cost[redo] = table.cost(part)
-            # a row with nothing left to shrink ends too; it is out of the band then
-            done = (cost <= limit) | (rows == self._last).all(axis=1)
-            out[left[done]] = rows[done]
-            left, rows, cost = left[~done], rows[~done], cost[~done]
-            step += chunk
-        return out
 
 
 class _NearestMiss:
@@ -682,13 +602,6 @@ def _only(children: list[Arch], what: str, budget: Budget | None) -> Arch:
     if not children:
         raise BudgetError(f"no {what} within {budget} was found in {_MAX_TRIES} tries; widen the band")
     return children[0]
-
-
-def _no_start(name: str, floor: float, why: str) -> BudgetError:
-    return BudgetError(
-        f"networks are made by shrinking ones with all heads and hidden units, none of which reaches {name} "
-        f"{format_cost(name, floor)} ({why}); lower the budget or widen its band"
-    )
 
 
 def _cumulative(odds: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ array operations, and every cost, counted or measured, goes the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ from ..arch import Layer
 if TYPE_CHECKING:
     from .space import Gene
 
-__all__ = ["Position", "Table"]
+__all__ = ["Position", "Table", "layers_at"]
 
 _MAX_CELLS = 1 << 20  # of one position; a space may come from the net
 _EXACT = 1 << 53  # float64 adds integers exactly below it
@@ -33,6 +33,12 @@ class Position(NamedTuple):
 
     genes: tuple[int, ...]
     layer: Callable[..., Layer | None]
+
+
+def layers_at(genes: Sequence[Gene], position: Position) -> Iterator[tuple[tuple[int, ...], Layer | None]]:
+    """Every combination of a position's genes, as indices of their choices, and the layer that it gives."""
+    for index in np.ndindex(*(len(genes[g].choices) for g in position.genes)):
+        yield index, position.layer(*(genes[g].choices[i] for g, i in zip(position.genes, index, strict=True)))
 
 
 class Table:
@@ -72,8 +78,7 @@ class Table:
             if np.prod(shape, dtype=float) > _MAX_CELLS:
                 raise ValueError(f"position {p} depends on {len(shape)} genes of {shape} choices: too many to price")
             cells = np.zeros(shape)
-            for index in np.ndindex(*shape):
-                layer = position.layer(*(genes[g].choices[i] for g, i in zip(position.genes, index, strict=True)))
+            for index, layer in layers_at(genes, position):
                 cells[index] = 0 if layer is None else _checked(price(layer), layer)
             self._factors.append((position.genes, cells))
             step = 1
