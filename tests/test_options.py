@@ -234,7 +234,7 @@ DEFAULTS = {
         **dict(mixup_alpha=0.8, cutmix_alpha=1.0, mix_prob=1.0, mix_switch_prob=0.5, mix_off_epochs=0),
         **dict(smoothing=0.1, distill="soft-label", distill_type="hard", distill_weight=0.5, temperature=1.0),
     ),
-    EvaluateOptions: dict(split="test", batch_size=256, dataset="digits", amp="no", seed=0, threads=0, workers=0),
+    EvaluateOptions: dict(batch_size=256, dataset="digits", amp="no", seed=0, threads=0, workers=0),
 }
 
 
