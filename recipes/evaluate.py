@@ -45,11 +45,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from timm_resnas.engine.data import image_pair
     from timm_resnas.engine.models import open_model, parse_kwargs
     from timm_resnas.engine.processes import start
-    from timm_resnas.engine.run import Progress, RunError, cli_errors
+    from timm_resnas.engine.run import Progress, RunError, atomic_write, check_output, cli_errors
 
     with cli_errors("evaluate.py"):
         if options.model is None:
             raise RunError("--model is missing: a name, a folder or hf-hub:<id>")
+        file = None if options.json in (None, "-") else Path(options.json)
+        if file is not None:
+            check_output(file)
         accelerator = start(options)
         model = open_model(
             options.model,
@@ -111,8 +114,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     f"{height} x {width} px"
                 )
                 print(job.format_scores(scores))
-                if options.json:
-                    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+                if file is not None:
+                    with atomic_write(file) as fresh:
+                        fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             sys.stdout.flush()
         return result
 

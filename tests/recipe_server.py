@@ -125,6 +125,12 @@ class Recipe:
         return log
 
 
+def parts(folder):
+    """Indices that a run trains on, and those that it validates or scores on."""
+    kept = json.loads((folder / "state" / "data.json").read_text())
+    return kept["train"], kept["val"]
+
+
 def checkpoints(folder):
     return sorted((folder / "state" / "training").glob("step-*.pt"))
 

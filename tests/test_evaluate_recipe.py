@@ -4,17 +4,18 @@ import json
 import math
 import re
 
-import evaluate
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from common import RunError
-from nursery import Nursery
 from PIL import Image
+from recipe_server import Recipe
 from timm.data import ImageNetInfo
 
+from recipes import evaluate as recipe
+from timm_resnas.engine import evaluate
+from timm_resnas.engine.run import RunError
 from timm_resnas.hub import save_pretrained
 
 TINY = "((0,16),(1,(16,2,8),(16,32),1),(3,16,24),(1,(24,2,12),(24,48),1),(2,24,10))"
@@ -97,7 +98,7 @@ def test_few_classes_have_no_top5():
 
 
 def main(*options):
-    return evaluate.main(["--cpu", "--threads", "1", *options])
+    return recipe.main(["--cpu", "--threads", "1", *options])
 
 
 def test_a_folder_on_digits(folder, tmp_path, capsys):
@@ -125,18 +126,11 @@ def test_other_resolutions_and_crops(folder):
     assert squashed["crop_mode"] == "squash" and squashed["loss"] != larger["loss"]
 
 
-def test_two_processes_as_one(folder, tmp_path):
-    nursery = Nursery("evaluate", ["--cpu", "--threads", "1", "--model", str(folder), "--batch-size", "50"])
-    options = ["--json", str(tmp_path / "two.json")]
-    # evaluate.py keeps no folder: the nursery's own options are not among its
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Nursery,
-            "start",
-            lambda self, to, *given, **env: self.ask(argv=[*self.options, *given], env=env, log=f"{to}.log"),
-        )
-        nursery.run_two(tmp_path / "two", *options)
-    nursery.close()
+def test_two_processes_as_one(folder, tmp_path, recipe_server):
+    options = ["--cpu", "--threads", "1", "--model", str(folder), "--batch-size", "50"]
+    Recipe(recipe_server, "evaluate", options, named=False).run_two(
+        tmp_path / "two", "--json", str(tmp_path / "two.json")
+    )
     two, one = json.loads((tmp_path / "two.json").read_text()), main("--model", str(folder), "--batch-size", "50")
     assert two["images"] == one["images"] == 360 and two["correct"] == one["correct"]
     for key in ("top5", "loss", "ece"):
@@ -227,8 +221,9 @@ def test_reassessed_labels_of_files(folder, tmp_path):
         (["--model", "/nowhere/best"], "there is no folder /nowhere/best"),
         (["--model", "FOLDER", "--img-size", "20"], "20x20 is not a multiple of the total stride 8"),
         (["--model", "FOLDER", "--split", "holdout", "--dataset", "imagefolder:/nowhere"], "there is no folder"),
-        (["--model", "FOLDER", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--model", "FOLDER", "--batch-size", "0"], r"argument --batch-size: must be in \[1, inf\), got 0"),
         (["--model", "FOLDER", "--real-labels"], "all images of ImageNet's validation set; this part has 360"),
+        (["--model", "FOLDER", "--json", "/nowhere/scores.json"], "scores.json: there is no folder /nowhere"),
         (["--model", "FOLDER", "--valid-labels", "some"], "neither a file nor one of timm's lists"),
     ],
 )

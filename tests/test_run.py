@@ -21,7 +21,7 @@ from timm_resnas.engine.options import option
 from timm_resnas.engine.run import Deadline, Run, RunError, atomic_write, cli_errors, dataset_name, read_json
 from timm_resnas.engine.settings import RunOptions
 
-ALONE = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+ALONE = types.SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
 
 
 @dataclass(frozen=True)

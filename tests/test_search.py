@@ -21,7 +21,7 @@ from timm_resnas.nas.space import BudgetError, SearchSpace
 
 MICRO = SearchSpace.preset("micro", img_size=16)
 IMAGES = 400
-ALONE = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+ALONE = types.SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
 SMALL = ["--population", "12", "--iterations", "3", "--parents", "4", "--mutations", "3", "--crossovers", "3"]
 
 

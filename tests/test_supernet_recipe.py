@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
-from recipe_server import RECIPES, Recipe, checkpoints, wait_for_step, wait_until
+from recipe_server import RECIPES, Recipe, checkpoints, parts, wait_for_step, wait_until
 from safetensors.torch import load_file
 
 from recipes import supernet as recipe
@@ -82,7 +82,7 @@ def test_what_a_run_leaves(straight):
         assert image.size == (1300, 520)
     net = timm.create_model(f"local-dir:{straight / 'supernet'}", pretrained=True)
     assert net.space == SearchSpace.preset("micro", img_size=(16, 16))
-    train, val = json.loads((straight / "state" / "data.json").read_text())
+    train, val = parts(straight)
     assert not set(train) & set(val) and len(train) // 64 == 14
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from recipe_server import RECIPES, Recipe, checkpoints, wait_for_step, wait_until
+from recipe_server import RECIPES, Recipe, checkpoints, parts, wait_for_step, wait_until
 from safetensors.torch import load_file
 from test_stream import write
 from timm.data import resolve_model_data_config
@@ -102,7 +102,7 @@ def test_what_a_run_leaves(straight):
     assert lines[0]["lr"] == pytest.approx(1e-5 + (4e-3 - 1e-5) * (1 + math.cos(math.pi * 9 / 20)) / 2)
     with Image.open(straight / "training.png") as image:
         assert image.size == (1300, 520)
-    train_part, val = json.loads((straight / "state" / "data.json").read_text())
+    train_part, val = parts(straight)
     assert not set(train_part) & set(val) and len(val) == 100 and len(train_part) // 128 == 10
     arch = NetworkDef.from_network_def(ast.literal_eval(TINY.removeprefix("network_def=")))
     assert results(straight)["macs"] == arch.costs(img_size=16, patch_size=4)["macs"]  # attention's products as well
@@ -439,8 +439,8 @@ def test_multi_scale_batches():
         for (x, y), (a, b) in zip(batches[skip:], loader(**given).epoch(1, skip), strict=True):
             assert torch.equal(x, a) and torch.equal(y, b)
     halves = [list(loader(rank=r, world=2).epoch(1)) for r in range(2)]
-    for (x, y), *parts in zip(batches, *halves, strict=True):
-        assert torch.equal(x, torch.cat([a for a, _ in parts])) and torch.equal(y, torch.cat([b for _, b in parts]))
+    for (x, y), *both in zip(batches, *halves, strict=True):
+        assert torch.equal(x, torch.cat([a for a, _ in both])) and torch.equal(y, torch.cat([b for _, b in both]))
 
 
 # -- other ways to train ----------------------------------------------------------------------------------------------

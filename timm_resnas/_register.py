@@ -16,7 +16,10 @@ from typing import Any
 
 PACKAGE = __package__
 # these need no timm
-LIGHT = ("__main__", "_register", "engine", "engine.options", "engine.settings", "recipes", "run", "version")
+LIGHT = (
+    *("__main__", "_register", "engine", "engine.launcher", "engine.options", "engine.settings", "recipes", "run"),
+    "version",
+)
 
 
 def register() -> None:

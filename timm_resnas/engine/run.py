@@ -33,6 +33,7 @@ __all__ = [
     "Run",
     "RunError",
     "atomic_write",
+    "check_output",
     "cli_errors",
     "dataset_name",
     "format_minutes",
@@ -69,6 +70,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with fresh.open("rb+") as f:
         os.fsync(f.fileno())
     fresh.replace(path)
+
+
+def check_output(path: Path) -> None:
+    """Whether a file can be written, before the work that it is to hold.
+
+    Raises:
+        RunError: It cannot.
+    """
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RunError(f"{path} cannot be written: permission denied")
 
 
 def read_json(path: Path) -> Any:
