@@ -25,7 +25,7 @@ from timm_resnas.hub import CONFIG, GOLDEN, WEIGHTS, load, push, read_file, save
 
 ROOT = Path(__file__).resolve().parents[1]
 # the client's own way to send a file
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 NETWORK = "((4,24),(1,(24,2,16),(24,48),1),(3,24,40),(1,(40,3,16),(40,96),1),(2,40,10))"
 

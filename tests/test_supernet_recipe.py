@@ -159,6 +159,7 @@ def first_moments(nursery, folder, processes):
     return state["position"]["loss_sum"] / 13, [s["exp_avg"] for s in state["optimizer"]["state"].values()]
 
 
+@pytest.mark.oldest
 def test_processes_and_passes_train_alike(nursery, tmp_path):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
     loss, found = first_moments(nursery, tmp_path / "processes", 2)

@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from timm_resnas import Arch
 from timm_resnas.models.vit_resnas import SpatialReduction, checkpoint_filter_fn
 
+pytestmark = pytest.mark.oldest
+
 SMALL = ((4, 16), (1, (16, 2, 8), (16, 24), 1), (3, 16, 24), (1, (24, 3, 8), (24, 40), 1), (2, 24, 5))
 
 
