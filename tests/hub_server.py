@@ -502,7 +502,7 @@ def ask_for_no_agents(monkeypatch):
         from huggingface_hub.utils import _detect_agent
     except ImportError:
         return
-    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
+    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}}, raising=False)
 
 
 @contextlib.contextmanager

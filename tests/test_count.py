@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.nas.count import count_macs
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize(
     "name, macs",

@@ -239,6 +239,7 @@ def fresh_import():
     return json.loads(done.stdout)
 
 
+@pytest.mark.oldest
 def test_import_registers_new_names_only(fresh_import):
     assert fresh_import["missing"] == []
     assert fresh_import["taken"] == []
@@ -250,6 +251,7 @@ def test_files_do_not_merge_into_timms(fresh_import):
     assert not {entry_module(name).rpartition(".")[2] for name in ALL} & set(fresh_import["files"])
 
 
+@pytest.mark.oldest
 def test_import_loads_nothing_of_the_recipes(fresh_import):
     assert "timm_resnas" in fresh_import["modules"]
     assert not BY_RECIPES_ONLY & set(fresh_import["modules"])

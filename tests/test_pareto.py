@@ -26,6 +26,8 @@ from timm_resnas.nas.evolution import EvolutionSearch
 from timm_resnas.nas.pareto import ParetoSearch, budget_violation, survivors
 from timm_resnas.nas.space import BudgetError, SearchSpace
 
+pytestmark = pytest.mark.oldest
+
 MICRO = SearchSpace.preset("micro")
 SMALL = dict(population=20, iterations=4, parents=10, mutations=8, crossovers=7)
 BOTH = ("macs", "params")

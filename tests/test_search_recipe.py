@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     return folder / "run", done.stdout
 
 
+@pytest.mark.oldest
 def test_output_of_a_search(finished):
     folder, printed = finished
     for name in ("config.yaml", "history.jsonl", "training.jsonl", "results.json", "report.md", "state/data.json"):

@@ -12,6 +12,8 @@ from PIL import Image
 from timm_resnas import data as D
 from timm_resnas.data.stream import _default_lanes
 
+pytestmark = pytest.mark.oldest
+
 NAMES = ["ant", "bee", "cat"]
 
 

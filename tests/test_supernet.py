@@ -22,6 +22,8 @@ from timm_resnas.nas import elastic
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
 
+pytestmark = pytest.mark.oldest
+
 CONV, PLAIN = (5, 24, 6), (0, 24)
 
 

@@ -150,6 +150,7 @@ def first_moments(runs, folder, processes):
     return state["state"]["loss_sum"] / 6, [s["exp_avg"] for s in state["optimizer"]["state"].values()]
 
 
+@pytest.mark.oldest
 def test_processes_and_passes_train_alike(runs, tmp_path):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
     loss, found = first_moments(runs, tmp_path / "processes", 2)

@@ -91,6 +91,7 @@ def results(folder):
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oldest
 def test_what_a_run_leaves(straight):
     assert {p.name for p in straight.iterdir()} == {
         *("best", "config.yaml", "kept", "results.json", "state", "training.jsonl", "training.png"),

@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.models.vit_resnas import SpatialReduction, checkpoint_filter_fn
 
+pytestmark = pytest.mark.oldest
+
 SMALL = ((4, 16), (1, (16, 2, 8), (16, 24), 1), (3, 16, 24), (1, (24, 3, 8), (24, 40), 1), (2, 24, 5))
 
 
@@ -57,11 +59,12 @@ def test_released_outputs(released):
     assert_close(features[:, : net.num_prefix_tokens], tensors["token_features"], atol=1e-4, rtol=0)
 
     if "patch_embed_out" in tensors:
-        assert_close(net.patch_embed(tensors["input"]), tensors["patch_embed_out"], atol=1e-4, rtol=0)
+        first = slice(1), slice(8)  # what is kept: tokens of the first image
+        assert_close(net.patch_embed(tensors["input"])[first], tensors["patch_embed_out"], atol=1e-4, rtol=0)
         x = net._embed(tensors["input"])
         for i, block in enumerate(net.blocks):
             x = block(x)
-            assert_close(x, tensors[f"block_out/{i}"], atol=1e-4, rtol=0)
+            assert_close(x[first], tensors[f"block_out/{i}"], atol=1e-4, rtol=0)
 
     if meta["distill_token"]:
         net.train().set_distilled_training()
