@@ -163,7 +163,8 @@ def test_processes_and_passes_train_alike(runs, tmp_path):
 
 def test_all_processes_evaluate_the_weights_that_are_saved(straight_two, monkeypatch):
     """Batch norm's running statistics differ between processes; those of the first count."""
-    args = parse(SupernetOptions, [*QUICK, *TWO, "--output", str(straight_two.parent), "--name", straight_two.name])
+    where = ["--output", str(straight_two.parent), "--name", straight_two.name, "--space", "micro"]
+    args = parse(SupernetOptions, [*QUICK, *TWO, *where])
     accelerator = start(args)
     run = Run(args, accelerator, "")
     data = supernet.prepare(args, run)
