@@ -226,7 +226,7 @@ def search(args: argparse.Namespace) -> None:
     ratio = statistics.median(b / a for a, b in zip(ours, singly, strict=True))
     share = statistics.median(1 - f / a for a, f in zip(ours, forward, strict=True))
     a, f, b, c = (statistics.median(v) for v in (ours, forward, singly, build))
-    print(f"ours        {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
+    print(f"ours          {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
     print(f"built singly  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
     print(f"ours is {ratio:.2f}x as fast (median of the rounds' ratios)")
 
