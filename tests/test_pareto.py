@@ -38,7 +38,7 @@ def run(search, score=toy_score):
 
 
 def saturating_score(seed: int):
-    """Like accuracy: more is better, less and less so, with an importance of its own for each layer; of 500 images."""
+    """Like accuracy: more is better, less and less so, each layer with its own importance; of 500 images."""
     weights = np.random.default_rng(seed).lognormal(size=(len(MICRO.largest.blocks) + 1, 2))
 
     def quality(arch: Arch) -> float:
