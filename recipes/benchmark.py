@@ -40,14 +40,14 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.utils import dispatch_clip_grad
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.arch import Arch
 from timm_resnas.data import eval_batches, eval_transform, train_loader, train_transform
 from timm_resnas.engine.data import augmentation
 from timm_resnas.engine.run import RunError, cli_errors
-from timm_resnas.engine.supernet import open_run, val_batches
+from timm_resnas.engine.supernet import make_optimizer, open_run, val_batches
 from timm_resnas.engine.training import make_schedule
 from timm_resnas.nas.cost import Budget, format_cost
 from timm_resnas.nas.evaluate import Evaluator, count_correct
@@ -226,7 +226,7 @@ def search(args: argparse.Namespace) -> None:
     ratio = statistics.median(b / a for a, b in zip(ours, singly, strict=True))
     share = statistics.median(1 - f / a for a, f in zip(ours, forward, strict=True))
     a, f, b, c = (statistics.median(v) for v in (ours, forward, singly, build))
-    print(f"ours        {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
+    print(f"ours          {1e3 * a:9.1f} ms, {1 / a:7.2f} candidates/s; outside of forward passes {share:.1%}")
     print(f"built singly  {1e3 * b:9.1f} ms, {1 / b:7.2f} candidates/s; building and loading {1e3 * c:.1f} ms")
     print(f"ours is {ratio:.2f}x as fast (median of the rounds' ratios)")
 
@@ -287,7 +287,7 @@ def inherited(args: argparse.Namespace) -> None:
             options.batch_size,
             seed=args.seed + i,
         )
-        optimizer = create_optimizer_v2(net, opt="adamw", lr=options.lr, weight_decay=options.weight_decay)
+        optimizer = make_optimizer(options, net)
         schedule = make_schedule(options, optimizer, len(loader))
         net.train()
         step = 0
@@ -296,6 +296,8 @@ def inherited(args: argparse.Namespace) -> None:
                 schedule.step_update(step)
                 loss = torch.nn.functional.cross_entropy(net(x), y, label_smoothing=options.smoothing)
                 loss.backward()
+                if options.clip_grad:
+                    dispatch_clip_grad(net.parameters(), options.clip_grad)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1

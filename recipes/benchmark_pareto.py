@@ -140,7 +140,7 @@ def benchmark(args: argparse.Namespace) -> None:
     )
     images = len(data.val)
     methods: dict[str, Callable[..., list[Arch]]] = {"ours": ours}
-    for population in dict.fromkeys((100, args.children)):
+    for population in dict.fromkeys(min(size, args.evaluations) for size in (100, args.children)):
         methods[f"NSGA-II, population {population}"] = lambda *a, population=population: nsga2(*a, population)
 
     evaluator.score([space.smallest, space.largest])

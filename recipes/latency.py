@@ -15,7 +15,7 @@ rounds counts, their median and spread are kept beside it. A line through the su
 networks, makes them the latency of a whole network.
 
 Then `--verify` other random networks, spread evenly over the space's range of MACs, are measured from end to end, in
-rounds of their own, and compared with the prediction: median and largest error, rank correlation, beside what MACs
+separate rounds, and compared with the prediction: median and largest error, rank correlation, beside what MACs
 alone predict. The machine's speed may have changed since the table was measured; by how much is told from the
 calibration networks, which are measured again.
 

@@ -309,7 +309,7 @@ def changed(**change):
         place = data
         for part in parents:
             place = place[int(part) if part.isdigit() else part]
-        place[last] = value
+        place[int(last) if last.isdigit() else last] = value
     return json.dumps(data)
 
 
@@ -329,6 +329,7 @@ def changed(**change):
         (changed(layers__0__ms=float("inf")), "layer 0: ms must be a number from 0"),
         (changed(layers__0__shape=[1]), "layer 0 must be a dict with kind and shape"),
         (changed(layers__0__shape__dim="8"), "layer 0: dim must be an integer"),
+        (changed(layers__1=json.loads(changed())["layers"][0]), "layer 1 .* is there twice"),
     ],
 )
 def test_damaged_files(text, message, tmp_path):

@@ -40,7 +40,7 @@ def run(search, score=toy_score):
 
 
 def saturating_score(seed: int):
-    """Like accuracy: more is better, less and less so, with an importance of its own for each layer; of 500 images."""
+    """Like accuracy: more is better, less and less so, each layer with its own importance; of 500 images."""
     weights = np.random.default_rng(seed).lognormal(size=(len(MICRO.largest.blocks) + 1, 2))
 
     def quality(arch: Arch) -> float:
@@ -239,7 +239,7 @@ def test_benchmark_of_a_run(tmp_path, capsys):
     assert out.count(" 0 networks scored") == 3 and "| ours |" in out
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert first == second and first["distinct"]["ours"] == [12]
-    assert set(first["hypervolumes"]) == {"ours", "NSGA-II, population 100", "NSGA-II, population 4"}
+    assert set(first["hypervolumes"]) == {"ours", "NSGA-II, population 12", "NSGA-II, population 4"}
     for command_end, message in (
         (["--objectives", "flops"], "must be of macs"),
         (["--children", "5"], "a multiple of"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_resnas.engine.report import improving, spearman, train_command
+from timm_resnas.engine.report import improving, results_table, spearman, train_command
 from timm_resnas.engine.search import distinct_points
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.nas.cost import Budget, describe_layers
@@ -35,6 +35,17 @@ def test_a_supernet_that_was_still_learning():
 def test_spearman_of_equal_values():
     assert spearman([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
     assert spearman([1, 2, 3], [5, 5, 5]) != spearman([1, 2, 3], [5, 5, 5])  # NaN
+
+
+def test_results_name_the_latency_that_a_table_predicts():
+    one = {"macs": 6e6, "params": 4e5, "score": 30, "test": 12}
+    images = {"val_images": 100, "test_images": 40}
+    table = results_table({"best": one, "largest": one, "random": [], **images})
+    assert table.splitlines()[2].split() == "| best | 6M | 400K | 0.3000 | 0.3000 |".split()
+    one = {**one, "latency_ms": 1.5}
+    table = results_table({"best": one, "largest": one, "random": [one, {**one, "latency_ms": 2.5}], **images})
+    assert table.splitlines()[0].split()[7:9] == ["latency", "|"] and "| 1.5 ms " in table.splitlines()[3]
+    assert "| 2 ms " in table.splitlines()[4] and len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_the_command_takes_all_images():

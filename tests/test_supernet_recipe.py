@@ -423,7 +423,7 @@ def test_learning_rate_of_the_papers_settings():
 def test_weight_decay(decay):
     net = timm.create_model("vit_resnas_supernet", distill_token=True)
     flag = "--decay-pos-embed" if decay else "--no-decay-pos-embed"
-    optimizer = supernet._optimizer(parse(SupernetOptions, [flag]), net)
+    optimizer = supernet.make_optimizer(parse(SupernetOptions, [flag]), net)
     names = {id(p): n for n, p in net.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     assert len(names) == sum(len(g["params"]) for g in optimizer.param_groups)

@@ -50,7 +50,7 @@ def latency_space(options: LatencyOptions) -> SearchSpace:
 
 
 class Records:
-    """Measurements in a file, of one setting and space; what a broken run measured is kept."""
+    """Measurements in a file, of one space under one set of conditions; what a broken run measured is kept."""
 
     def __init__(self, path: Path, setup: dict[str, Any]) -> None:
         self.path = path
@@ -181,7 +181,7 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
         RunError: The space or the output cannot be used, or the records are of other options.
     """
     space = latency_space(options)
-    setting = Conditions.here(
+    conditions = Conditions.here(
         device=options.device,
         num_threads=options.threads or torch.get_num_threads(),
         batch_size=options.batch_size,
@@ -195,16 +195,16 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
     if not any(name.startswith("calibration") for name in jobs):
         raise RunError("the space has no two networks of different MACs; there is nothing to choose by latency")
     setup = {
-        "conditions": vars(setting),
+        "conditions": vars(conditions),
         "space": space.to_dict(),
         **{k: getattr(options, k) for k in ("rounds", "min_run_time", "calibration", "seed")},
     }
     records = Records(output.with_suffix(".records.jsonl"), setup)
     begin = time.monotonic()
-    print(f"{setting}, torch {setting.torch}; {space.size():.3g} networks")
-    timer = LatencyTimer(space, setting, options.min_run_time)
+    print(f"{conditions}, torch {conditions.torch}; {space.size():.3g} networks")
+    timer = LatencyTimer(space, conditions, options.min_run_time)
     records.measure(timer, jobs, options.rounds, "table")
-    table = LatencyTable.from_records(space, setting, jobs, records.list)
+    table = LatencyTable.from_records(space, conditions, jobs, records.list)
     if options.verify:
         seen = [arch for arch, _ in jobs.values()]
         new = spread_networks(space, options.verify, options.seed + 1, avoid=seen)
@@ -216,6 +216,6 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
     print(f"\n{table}; measured in {format_minutes(time.monotonic() - begin)}")
     if options.verify:
         print(report(table, space))
-        draw(output.with_suffix(".png"), table, str(setting))
+        draw(output.with_suffix(".png"), table, str(conditions))
     print(f"\ntable: {output}; for a search: --latency-table {output} --budget latency=40%")
     return table

@@ -106,15 +106,16 @@ def draw_progress(
     path: Path, results: dict[str, Any], history: list[dict[str, Any]], training: list[dict[str, Any]]
 ) -> None:
     """Sub-networks while the supernet trained, and candidates by generation."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if training:
+    panels = 1 + bool(training)  # a search in a given supernet trains none
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    *first, right = np.atleast_1d(figure.subplots(1, panels))
+    for left in first:
         _draw_accuracy(left, training)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_xlabel("epoch")
-    left.set_ylabel("accuracy on the search's validation images")
-    left.set_title("sub-networks while the supernet trains", fontsize=10)
-    left.grid(alpha=0.25)
+        left.set_xlabel("epoch")
+        left.set_title("sub-networks while the supernet trains", fontsize=10)
+        left.grid(alpha=0.25)
+    (*first, right)[0].set_ylabel("accuracy on the search's validation images")
 
     last = max(r["generation"] for r in history)
     score = np.array([r["score"] for r in history]) / results["val_images"]

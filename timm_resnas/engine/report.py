@@ -74,22 +74,24 @@ def improving(training: list[dict[str, Any]]) -> str | None:
 def results_table(results: dict[str, Any]) -> str:
     """Best, largest and random networks, as Markdown that reads well in a terminal."""
 
-    def row(name: str, macs: float, params: float, val: str, test: str) -> tuple[str, ...]:
-        return name, format_cost("macs", macs), format_cost("params", params), val, test
+    names = [k for k in ("macs", "params", "latency_ms") if k in results["best"]]  # latency: where a table predicts it
 
-    rows = [("network", "MACs", "params", "validation", "test")]
+    def row(name: str, costs: list[float], val: str, test: str) -> tuple[str, ...]:
+        return name, *(format_cost(k, v) for k, v in zip(names, costs, strict=True)), val, test
+
+    rows = [("network", *(LABELS[k] for k in names), "validation", "test")]
     for name in ("best", "largest"):
         r = results[name]
         val, test = (accuracies(results, [r], s)[0] for s in ("val", "test"))
-        rows.append(row(name, r["macs"], r["params"], f"{val:.4f}", f"{test:.4f}"))
+        rows.append(row(name, [r[k] for k in names], f"{val:.4f}", f"{test:.4f}"))
     if randoms := results["random"]:
         shown = []
         for split in ("val", "test"):
             a = accuracies(results, randoms, split)
             shown.append(f"{a.mean():.4f} ± {a.std():.4f}")
-        macs, params = (float(np.mean([r[k] for r in randoms])) for k in ("macs", "params"))
-        rows.append(row(f"mean of {len(randoms)} random", macs, params, *shown))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+        means = [float(np.mean([r[k] for r in randoms])) for k in names]
+        rows.append(row(f"mean of {len(randoms)} random", means, *shown))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)

@@ -51,7 +51,16 @@ from .seeds import Stream, generator, step_seed
 from .settings import SupernetOptions
 from .training import Training, check_passes
 
-__all__ = ["SearchData", "make_sampler", "open_run", "open_space", "prepare", "train_supernet", "val_batches"]
+__all__ = [
+    "SearchData",
+    "make_optimizer",
+    "make_sampler",
+    "open_run",
+    "open_space",
+    "prepare",
+    "train_supernet",
+    "val_batches",
+]
 
 SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
 
@@ -160,7 +169,7 @@ class SupernetTraining(Training):
         rng = generator(options.seed, Stream.REFERENCES)
         randoms = {f"random {i + 1}": arch for i, arch in enumerate(data.space.sample_many(3, rng))}
         self.references = {"largest": data.space.largest, "smallest": data.space.smallest, **randoms}
-        super().__init__(options, accelerator, run, task, net, loader, _optimizer(options, net))
+        super().__init__(options, accelerator, run, task, net, loader, make_optimizer(options, net))
 
     def begin_epoch(self, epoch: int) -> None:
         """Channels are put in order of importance while choices open."""
@@ -232,7 +241,7 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
     return net
 
 
-def _optimizer(options: SupernetOptions, net: Supernet) -> torch.optim.Optimizer:
+def make_optimizer(options: SupernetOptions, net: nn.Module) -> torch.optim.Optimizer:
     """AdamW; weight decay as the options say."""
     groups = None
     if options.decay_pos_embed:
