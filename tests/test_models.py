@@ -78,23 +78,25 @@ class Family:
 
 
 FAMILIES = {
-    "vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
-    "supernet": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
-    "reformer": Family(
+    "models.vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
+    "families.vit_resnas": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
+    "models.reformer": Family(
         "NCHW",
         size=64,
         pool="max",
         # one round of hashing: torch's fused attention has no sums to combine more
         small=dict(img_size=64, patch_size=4, embed_dim=48, depth=3, num_heads=3, bucket_size=16, num_hashes=1),
     ),
-    "sepvit": Family(
+    "models.sepvit": Family(
         "NCHW",
         size=128,
         pool="max",
         small=dict(img_size=128, embed_dims=(16, 24, 32, 48), depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
     ),
-    "sret": Family("NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))),
-    "uninet": Family(
+    "models.sret": Family(
+        "NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))
+    ),
+    "models.uninet": Family(
         "NCHW",
         size=64,
         pool="max",
@@ -106,8 +108,10 @@ FAMILIES = {
             head_dim=8,
         ),
     ),
-    "exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
-    "cait_study": Family("NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)),
+    "models.exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
+    "models.cait_study": Family(
+        "NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)
+    ),
 }
 
 # Super-networks compute several networks in one forward, which neither TorchScript nor fx can follow
@@ -123,7 +127,7 @@ jit = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 
 def family(name: str) -> Family:
-    return FAMILIES[entry_module(name).rpartition(".")[2]]
+    return FAMILIES[entry_module(name).removeprefix(PACKAGE + ".")]
 
 
 def on_meta(name: str, **kwargs) -> nn.Module:
@@ -203,7 +207,7 @@ def names_in(cfg_entry: str | tuple | list) -> tuple[str, ...]:
 
 def test_every_family_is_known():
     assert {"vit_res_tiny", "vit_resnas_tiny", "vit_resnas_small", "vit_resnas_medium", "vit_resnas"} <= set(ALL)
-    unknown = {name for name in ALL if entry_module(name).rpartition(".")[2] not in FAMILIES}
+    unknown = {name for name in ALL if entry_module(name).removeprefix(PACKAGE + ".") not in FAMILIES}
     assert not unknown, f"add the module of {unknown} to FAMILIES"
     assert set(ALL) >= SUPERNETS
 
