@@ -32,7 +32,15 @@ def register() -> None:
 
 def _import_models() -> None:
     for name in ("models", "families"):
-        importlib.import_module(f"{PACKAGE}.{name}")
+        _attach_submodules(importlib.import_module(f"{PACKAGE}.{name}"))
+
+
+def _attach_submodules(package: ModuleType) -> None:
+    """A failed import leaves the submodules it got to, but no longer as attributes of the package tried next."""
+    for name, child in list(sys.modules.items()):
+        parent, _, last = name.rpartition(".")
+        if parent == package.__name__ and child is not None:
+            setattr(package, last, child)
 
 
 def _brings_timm(name: str) -> bool:
@@ -77,11 +85,7 @@ class _Loader(Loader):
         module.__loader__ = module.__spec__.loader = self._loader  # nobody else sees this one
         if not self._finder.busy.acquire(blocking=False):
             return self._loader.exec_module(module)
-        # a failed import leaves the submodules it got to, but no longer as attributes
-        for name, child in list(sys.modules.items()):
-            parent, _, last = name.rpartition(".")
-            if parent == module.__name__ and child is not None:
-                setattr(module, last, child)
+        _attach_submodules(module)
         try:
             self._loader.exec_module(module)
             if self._finder in sys.meta_path:
