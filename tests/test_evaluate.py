@@ -123,7 +123,9 @@ def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
     """One of three waits in its first candidate until the others have done all the rest."""
     team = Team(3)
     rest, begun = threading.Semaphore(0), threading.Event()
-    append_jsonl(tmp_path / "scores-2.jsonl", [{"key": archs[0].key(), "score": truth[0], "fingerprint": "w"}])
+    append_jsonl(
+        tmp_path / "scores-2.jsonl", [{"key": archs[0].key(), "score": truth[0], "fingerprint": "w", "seconds": 0.5}]
+    )
 
     def work(rank):
         own = timm.create_model("vit_resnas_supernet", space="micro").eval()

@@ -545,7 +545,7 @@ def refused(capsys, tmp_path, *given):
         (["--img-size", "20"], "20x20 is not a multiple of the total stride 8 .* 16x16"),
         (["--img-size", "16", "16", "16"], "one side, or height and width; got 16 16 16"),
         (["--pretrained"], "no pretrained weights; leave --pretrained out"),
-        (["--pretrained-path", "nowhere.pth"], "nowhere.pth: there is no such file of weights"),
+        (["--pretrained-path", "nowhere.pth"], "nowhere.pth: this file of weights does not exist"),
         (["--model-kwargs", "patch_size"], "NAME=VALUE, got 'patch_size'"),
         (["--model-kwargs", "flavour=3"], "unexpected keyword argument 'flavour'"),
         (["--model-kwargs", "num_classes=3"], "--model-kwargs cannot set num_classes"),
