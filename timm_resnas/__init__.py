@@ -13,11 +13,16 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import families, models  # noqa: F401
     from .arch import Arch, ArchError
+    from .families.elastic import elastic
     from .hub import load, push, save_pretrained
 
-__all__ = ["Arch", "ArchError", "__version__", "load", "push", "save_pretrained"]
+__all__ = ["Arch", "ArchError", "__version__", "elastic", "load", "push", "save_pretrained"]
 
-_HOMES = {"Arch": "arch", "ArchError": "arch", "load": "hub", "push": "hub", "save_pretrained": "hub"}
+_HOMES = {
+    **dict.fromkeys(("Arch", "ArchError"), "arch"),
+    "elastic": "families.elastic",
+    **dict.fromkeys(("load", "push", "save_pretrained"), "hub"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a network is (`Arch`) and what its parts cost (`Layer`): plain values that no model has to be built for.
+"""What a network is (`Arch`), what its parts cost (`Layer`) and consist of (`Units`): plain values, no model built.
 
 A family of searchable networks subclasses `Arch`. Code outside the family's files uses what stands here and nothing
 else. This module imports nothing of ours.
@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Self
 
-__all__ = ["Arch", "ArchError", "Layer", "attention", "image_size", "mlp", "total_costs"]
+__all__ = ["Arch", "ArchError", "Layer", "Part", "Units", "attention", "image_size", "mlp", "total_costs"]
 
 BYTES = 4  # float32
 
@@ -56,6 +56,36 @@ class Layer:
 
     def __str__(self) -> str:
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.shape)})"
+
+
+class Part(NamedTuple):
+    """Where units' numbers lie in a parameter.
+
+    Attributes:
+        param: Name of the parameter.
+        dim: Its dimension that runs over the units; it holds ``runs`` stretches of ``count * width`` entries.
+        runs: Stretches: 3 where query, key and value share a weight.
+        width: Entries of one unit in a stretch: the head's dimension.
+    """
+
+    param: str
+    dim: int
+    runs: int = 1
+    width: int = 1
+
+
+class Units(NamedTuple):
+    """Interchangeable units of one layer and every slice that is theirs.
+
+    Attributes:
+        name: The layer, such as ``"blocks.3.attn"``.
+        count: Number of units.
+        parts: Their slices. The last one reads them: zero there silences a unit.
+    """
+
+    name: str
+    count: int
+    parts: tuple[Part, ...]
 
 
 @lru_cache(maxsize=1 << 16)

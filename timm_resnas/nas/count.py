@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_macs"]
+__all__ = ["count_macs", "count_modules"]
 
 
 def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -32,14 +32,24 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     Raises:
         ValueError: The model takes no such image, or its shapes depend on values, not on shapes alone.
     """
+    return count_modules(model, input_size)[""]
+
+
+def count_modules(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
+    """As `count_macs`, for each module by its name; the network itself is ``""``. Modules without any are left out."""
     skeleton = _on_meta(model).eval()
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
             skeleton(torch.empty(1, *input_size, device="meta"))
     except (AssertionError, RuntimeError) as e:
         size = " x ".join(map(str, input_size))
         raise ValueError(f"MACs of {type(model).__name__} cannot be counted for an image of {size}: {e}") from e
-    return counter.get_total_flops() // 2
+    counts = {"": counter.get_total_flops() // 2}
+    for name, by_operation in counter.get_flop_counts().items():
+        _, dot, module = name.partition(".")  # the first is the network's class
+        if dot:
+            counts[module] = sum(by_operation.values()) // 2
+    return counts
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

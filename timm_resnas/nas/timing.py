@@ -166,7 +166,8 @@ def layer_starts(net: nn.Module) -> list[nn.Module]:
     starts = [net.patch_embed]
     for block in net.blocks:
         if _is_pre_norm(block):
-            starts += [block.norm1, block.norm2]
+            there = [not getattr(getattr(block, name, None), "absent", False) for name in ("attn", "mlp")]
+            starts += [norm for norm, kept in zip((block.norm1, block.norm2), there, strict=True) if kept]
         elif not isinstance(block, nn.Identity):  # an absent block
             starts.append(block)
     return [*starts, net.norm]

@@ -5,42 +5,14 @@ network serves sorting by importance, cutting and masking.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Importance", "Part", "Units", "cut", "magnitude", "mask", "pre_norm_units", "sort_units"]
+from ..arch import Part, Units
 
-
-class Part(NamedTuple):
-    """Where units' numbers lie in a parameter.
-
-    Attributes:
-        param: Name of the parameter.
-        dim: Its dimension that runs over the units; it holds ``runs`` stretches of ``count * width`` entries.
-        runs: Stretches: 3 where query, key and value share a weight.
-        width: Entries of one unit in a stretch: the head's dimension.
-    """
-
-    param: str
-    dim: int
-    runs: int = 1
-    width: int = 1
-
-
-class Units(NamedTuple):
-    """Interchangeable units of one layer and every slice that is theirs.
-
-    Attributes:
-        name: The layer, such as ``"blocks.3.attn"``.
-        count: Number of units.
-        parts: Their slices. The last one reads them: zero there silences a unit.
-    """
-
-    name: str
-    count: int
-    parts: tuple[Part, ...]
+__all__ = ["Importance", "cut", "magnitude", "mask", "pre_norm_units", "sort_units"]
 
 
 Importance = Callable[[Units, Mapping[str, torch.Tensor]], torch.Tensor]

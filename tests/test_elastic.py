@@ -1,0 +1,317 @@
+"""Any timm ViT as a supernet: what is cut equals what is masked, costs are those of built models, repair repairs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import timm_resnas
+from timm_resnas.arch import Arch, ArchError
+from timm_resnas.families.elastic import ElasticArch, ElasticSpace, hidden_choices
+from timm_resnas.models.narrow import NarrowError
+from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.units import mask
+
+# plain, distilled, registers, q/k norm, attention pool, rotary with SwiGLU, norms over pruned units, separate q/k/v,
+# Beit's tables, layer scale with class attention, ours
+BASES = {
+    "test_vit": dict(img_size=32),
+    "deit_tiny_distilled_patch16_224": dict(img_size=32, depth=3),
+    "vit_little_patch16_reg4_gap_256": dict(img_size=32, depth=2),
+    "vit_base_patch16_siglip_224": dict(img_size=32, depth=1),
+    "vit_tiny_patch16_224": dict(img_size=(32, 48), depth=3, qk_norm=True, init_values=0.1),
+    "eva02_tiny_patch14_224": dict(img_size=28, depth=3),
+    "eva02_base_patch14_448": dict(img_size=28, depth=1),
+    "vit_small_patch16_dinov3": dict(img_size=32, depth=2),
+    "beit_base_patch16_224": dict(img_size=32, depth=1),
+    "cait_xxs24_224": dict(img_size=32, depth=2),
+    "vit_resnas_tiny": dict(img_size=56),
+}
+
+
+def make(name, **more):
+    """The base with weights that depend on every parameter."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **BASES[name], **more).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.02)
+    return model
+
+
+@pytest.fixture(scope="module", params=BASES)
+def pair(request):
+    model = make(request.param)
+    return request.param, model, timm_resnas.elastic(model).eval()
+
+
+def images(net, n=4, seed=1):
+    return torch.randn(n, 3, *net.space.model_args["img_size"], generator=torch.Generator().manual_seed(seed))
+
+
+def silenced(net, arch):
+    """Weights of the full network in which the units that the architecture lacks are zero."""
+    counts = dict(zip((u.name for u in net.units()), (n for widths in arch.widths for n in widths), strict=True))
+    state = mask(net.state_dict(), net.units(), counts)
+    for unit in net.units():
+        if counts[unit.name] == 0:  # an absent branch has no bias either
+            for name in (f"{unit.name}.proj.bias", f"{unit.name}.fc2.bias"):
+                if name in state:
+                    state[name] = torch.zeros_like(state[name])
+    return state
+
+
+def test_cut_equals_silenced_and_costs_are_those_of_built_networks(pair):
+    name, model, net = pair
+    x = images(net)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-6, atol=1e-6)
+        for arch in net.space.sample_many(10, np.random.default_rng(0)):
+            small = net.extract(arch)
+            net.set_arch(arch)
+            torch.testing.assert_close(net(x), small(x), rtol=1e-6, atol=1e-6)
+            net.set_arch(None)
+            if name != "eva02_base_patch14_448":  # norms over hidden units are taken over those that are kept
+                expected = torch.func.functional_call(model, silenced(net, arch), (x,))
+                torch.testing.assert_close(small(x), expected, rtol=1e-5, atol=1e-5)
+            costs = net.space.costs(arch)
+            assert costs["params"] == sum(p.numel() for p in small.parameters())
+            assert costs["macs"] == count_macs(small, x.shape[1:]) == arch.costs(**net.space.model_args)["macs"]
+            assert Arch.from_record(json.loads(json.dumps(arch.record()))) == arch
+
+
+def test_sorting_keeps_the_function(pair):
+    _, model, net = pair
+    x = images(net)
+    net.calibrate([images(net, 8, seed=2)], repair=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "cait_xxs24_224", "beit_base_patch16_224"])
+def test_gradients_of_groups_are_those_of_each_alone(name):
+    net = timm_resnas.elastic(make(name).double()).double()
+    archs = [net.space.largest, *net.space.sample_many(2, np.random.default_rng(3)), net.space.smallest]
+    x = images(net, 8).double()
+
+    def gradients(outputs):
+        net.zero_grad()
+        outputs.square().sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        return [p.grad.clone() for p in net.parameters()]
+
+    together = gradients(net(x, archs=archs))
+    each = [gradients(net(part, archs=[arch])) for part, arch in zip(x.chunk(4), archs, strict=True)]
+    for got, *parts in zip(together, *each, strict=True):
+        torch.testing.assert_close(got, sum(parts), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"])
+def test_saved_and_loaded_in_another_process(name, tmp_path):
+    net = timm_resnas.elastic(make(name)).eval()
+    arch = net.space.sample_many(1, np.random.default_rng(4))[0]
+    small, x = net.extract(arch), images(net)
+    timm_resnas.save_pretrained(small, tmp_path / "small")
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, timm, timm_resnas, torch; f = sys.argv[1]; "
+        "m = timm.create_model(f'local-dir:{f}/small', pretrained=True).eval(); "
+        "x = torch.load(f'{f}/x.pt', weights_only=True); "
+        "torch.save(torch.inference_mode()(m)(x).clone(), f'{f}/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), small(x), rtol=0, atol=0)
+    timm_resnas.save_pretrained(net, tmp_path / "net")
+    again = timm_resnas.load(f"local-dir:{tmp_path / 'net'}", check=True).eval()
+    assert again.space == net.space
+    with torch.inference_mode():
+        torch.testing.assert_close(again.extract(arch)(x), small(x), rtol=0, atol=0)
+
+
+def test_a_shrunk_model_is_one_of_timms(tmp_path):
+    net = timm_resnas.elastic(make("vit_tiny_patch16_224")).eval()
+    arch = ElasticArch(net.space.base, ((2, 96), (0, 192), (3, 0)))
+    small = net.extract(arch)
+    assert type(small) is timm.models.VisionTransformer and small.pretrained_cfg["architecture"] == "vit_elastic"
+    assert small.pretrained_cfg["classifier"] == "head"
+    x = images(net)
+    with torch.inference_mode():
+        logits = small(x)
+        torch.testing.assert_close(small.forward_head(small.forward_features(x)), logits, rtol=0, atol=0)
+        assert [f.shape[1] for f in small.forward_intermediates(x, indices=3, intermediates_only=True)] == [192] * 3
+    timm_resnas.save_pretrained(small, tmp_path / "small")
+    name = f"local-dir:{tmp_path / 'small'}"
+    features = timm.create_model(name, pretrained=True, features_only=True)
+    assert [f.shape[2:] for f in features(x)] == [(2, 3)] * 3
+    wider = timm.create_model(name, pretrained=True, img_size=64).eval()  # positions resampled as timm does
+    assert wider(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    any_size = timm.create_model(name, pretrained=True, dynamic_img_size=True).eval()
+    torch.testing.assert_close(any_size(x), logits, rtol=1e-5, atol=1e-5)
+    small.set_grad_checkpointing()
+    small.train()(x).sum().backward()
+    exported = torch.export.export(small.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shrunk_again():
+    net = timm_resnas.elastic(make("test_vit")).eval()
+    first = net.extract(net.space.sample_many(1, np.random.default_rng(5))[0])
+    again = timm_resnas.elastic(first).eval()
+    x = images(net)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(x), first(x), rtol=0, atol=0)
+        arch = again.space.sample_many(1, np.random.default_rng(6))[0]
+        pairs = list(zip(arch.widths, again.space.largest.widths, strict=True))
+        assert all(a <= b for p, q in pairs for a, b in zip(p, q, strict=True))
+        assert again.extract(arch)(x).shape == (4, 7)
+
+
+# -- importance and repair ---------------------------------------------------------------------------------------------
+
+
+def test_importance_is_what_a_unit_adds():
+    """Hidden units and heads are sorted by the mean squared length of what each adds to its layer's output."""
+    net = timm_resnas.elastic(make("test_vit")).eval()
+    x = images(net, 16)
+    net.calibrate([x[:8], x[8:]], repair=False)
+    for layer in net.elastic_layers():
+        seen = []
+        handle = layer.last.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            net(x)
+        handle.remove()
+        units, width = layer.branch.units.count, layer.branch.width
+        parts = seen[0].unflatten(-1, (units, width)), layer.last.weight.unflatten(1, (units, width))
+        added = torch.einsum("bnuw,ouw->bnuo", *parts).square().sum(-1).mean((0, 1))
+        assert (added.diff() <= 1e-6 * added[0]).all()
+
+
+def test_redundant_units_are_removed_without_loss():
+    """Half of the hidden units repeat the other half: the repaired network computes the same."""
+    model = make("test_vit")
+    with torch.no_grad():
+        for block in model.blocks:
+            half = block.mlp.fc1.out_features // 2
+            block.mlp.fc1.weight[half:] = block.mlp.fc1.weight[:half]
+            block.mlp.fc1.bias[half:] = block.mlp.fc1.bias[:half]
+    net = timm_resnas.elastic(model).eval()
+    x = images(net, 64)
+    arch = ElasticArch("test_vit", tuple((heads, hidden // 2) for heads, hidden in net.space.largest.widths))
+    net.calibrate([x], repair=False)
+    # importance alone may keep both of a pair; twins are neighbours in the order, so cut every other one
+    for layer in net.elastic_layers():
+        if layer.branch.kind == "mlp":
+            order = torch.cat([torch.arange(0, layer.fc1.out_features, 2), torch.arange(1, layer.fc1.out_features, 2)])
+            with torch.no_grad():
+                for tensor, dim in ((layer.fc1.weight, 0), (layer.fc1.bias, 0), (layer.fc2.weight, 1)):
+                    tensor.copy_(tensor.index_select(dim, order))
+    with torch.inference_mode():
+        expected = net(x)
+        cut, repaired = net.extract(arch)(x), net.extract(arch, repair=x)(x)
+    error = (repaired - expected).norm() / expected.norm()
+    assert error < 0.25 * (cut - expected).norm() / expected.norm()
+
+
+def test_repair_while_scoring_equals_least_squares():
+    """The weights that are read by any number of units minimise the penalised squared error on the full network's."""
+    net = timm_resnas.elastic(make("test_vit")).eval()
+    x = images(net, 32)
+    net.calibrate([x])
+    layer = net.elastic_layers()[1]
+    seen = []
+    handle = layer.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        net(x)
+    handle.remove()
+    u = seen[0].flatten(0, 1).double()
+    u = u - u.mean(0)
+    keep, weight = 96, layer.fc2.weight.double()
+    penalty = 1e-3 * u.square().mean() * len(u)
+    # minimise |W' u_K - W u|^2 + penalty |W' - W_K|^2: the rows of an ordinary least squares
+    a = torch.cat([u[:, :keep], penalty.sqrt() * torch.eye(keep, dtype=u.dtype)])
+    b = torch.cat([u @ weight.T, penalty.sqrt() * weight[:, :keep].T])
+    expected = torch.linalg.lstsq(a, b).solution.T
+    got = layer.reader.at(keep)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    arch = ElasticArch("test_vit", tuple((h, f if i else 96) for i, (h, f) in enumerate(net.space.largest.widths)))
+    with torch.inference_mode():
+        net.set_arch(arch)
+        torch.testing.assert_close(net(x), net.extract(arch)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_repair_of_one_layer_brings_it_nearer():
+    model = make("vit_small_patch16_dinov3")
+    with torch.no_grad():  # hidden units that resemble each other, as those of trained networks do
+        for block in model.blocks:
+            first, second = torch.randn(1536, 16), torch.randn(16, 384)
+            block.mlp.fc1.weight.copy_(first @ second / 64)
+    net = timm_resnas.elastic(model).eval()
+    x, other = images(net, 64), images(net, 64, seed=9)
+    arch = ElasticArch(net.space.base, tuple((6, 768) for _ in net.space.largest.widths))
+    net.calibrate([x])
+    with torch.inference_mode():
+        expected = net(other)
+        net.set_arch(arch)
+        scored = (net(other) - expected).norm()
+        net.set_arch(None)
+        repaired = (net.extract(arch, repair=x)(other) - expected).norm()
+        net.calibrate([x], repair=False)
+        plain = (net.extract(arch)(other) - expected).norm()
+    assert repaired < 0.8 * plain and scored < plain
+
+
+# -- spaces ------------------------------------------------------------------------------------------------------------
+
+
+def test_choices():
+    assert hidden_choices(1536) == (*range(1536, 0, -96), 0)
+    assert hidden_choices(8) == (*range(8, 0, -1), 0)
+    space = ElasticSpace("vit_tiny_patch16_224", img_size=32, num_classes=7)
+    assert space.largest.widths == ((3, 768),) * 12 and space.smallest.widths == ((0, 0),) * 12
+    assert space.size() == (4 * 17) ** 12
+    assert ElasticSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    budget = Budget.parse("macs=50%", space.costs(space.largest))
+    archs = space.sample_many(20, np.random.default_rng(0), budget)
+    assert len(archs) == 20 and all(not budget.check(space.costs(arch)) for arch in archs)
+    # half of the heads' cost goes, not their presence: attention is left in most blocks
+    assert np.mean([heads > 0 for arch in archs for heads, _ in arch.widths]) > 0.75
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ElasticSpace("convnext_atto"), "ConvNeXt has no blocks of attention and MLP"),
+        (lambda: ElasticSpace("swin_tiny_patch4_window7_224"), r"layers.0.blocks.0.attn .* is a WindowAttention"),
+        (lambda: ElasticSpace("hf-hub:someone/vit"), "must be the name of a vision transformer that timm knows"),
+        (lambda: ElasticSpace("vit_elastic"), "must be the name of a vision transformer that timm knows"),
+        (lambda: ElasticSpace("test_vit", nonsense=3), "test_vit cannot be built with"),
+        (lambda: timm.create_model("vit_elastic", base="test_vit", widths=[[2, 9]]), "has 6 blocks, got widths of 1"),
+        (lambda: timm.create_model("vit_elastic", base="test_vit", widths=[[3, 9]] * 6), "has 2 units, at most 2"),
+        (lambda: timm.create_model("vit_elastic", base="cait_xxs24_224", widths=[[2, 9]] * 26), "0 or 4 can be kept"),
+        (lambda: ElasticArch.from_args({"base": "test_vit", "widths": [[1, -1]]}), r"widths\[0\] must be \[num_heads"),
+        (lambda: ElasticArch("test_vit", ((2, 8),)).costs(img_size=32), "has 6 blocks, the widths are of 1"),
+    ],
+)
+def test_what_cannot_be_narrowed_is_named(make, message):
+    with pytest.raises((NarrowError, ArchError), match=message):
+        make()
+
+
+def test_a_search_over_a_pretrained_model_resumes():
+    from timm_resnas.nas.evolution import EvolutionSearch
+
+    space = ElasticSpace("test_vit", img_size=32, num_classes=7)
+    budget = Budget.parse("macs=60%", space.costs(space.largest))
+    search = EvolutionSearch(space, budget, 0, population=10, iterations=3, parents=4, mutations=4, crossovers=4)
+    while not search.done:
+        search.tell([(arch, sum(h + f for h, f in arch.widths)) for arch in search.ask()])
+        state = json.loads(json.dumps(search.state_dict()))
+        search = EvolutionSearch(space, budget, 0, population=10, iterations=3, parents=4, mutations=4, crossovers=4)
+        search.load_state_dict(state)
+    assert 20 < len(search.history) <= 26 and isinstance(Arch.from_record(search.best), ElasticArch)
