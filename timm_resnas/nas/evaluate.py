@@ -1,4 +1,4 @@
-"""Scoring candidates: how many images of a fixed set each sub-network classifies correctly.
+"""Scoring candidates on a fixed set of images: how many each sub-network classifies correctly, or a finer score.
 
 Scores are integers, cached by `Arch.key`, and a function of weights and images alone, so that a search has the same
 history on any number of processes. Every score is appended at once to a file of its process; a killed search that is
@@ -18,12 +18,15 @@ from ..arch import Arch
 from .jsonl import append_jsonl, read_jsonl
 from .supernet import Supernet
 
-__all__ = ["Evaluator", "count_correct"]
+__all__ = ["SCORES", "Evaluator", "count_correct", "score_unit"]
 
 # Room for what all sub-networks compute alike (`Supernet.shared`), over the whole evaluation set.
 SHARED_CACHE_BYTES = 512 << 20
 # Where it does not fit: candidates that share a pass over the images, and with it decoding and the shared part.
 TOGETHER = 8
+# One of a finer score: it is a sum of fixed-point numbers, so that it is the same however images are dealt out.
+FIXED_POINT = 1 << 16
+LEAST_LOG = -20.0  # of a probability, so that no image decides alone
 # Pre-screening stops a candidate whose estimate stays this many standard errors below what the parents need.
 PRESCREEN_ERRORS = 2.0
 
@@ -36,6 +39,30 @@ def count_correct(model: Callable[[torch.Tensor], torch.Tensor], batches: Iterab
         correct = correct + (model(x).argmax(dim=-1) == y).sum()  # stays on the device: no wait per batch
         images += len(y)
     return int(correct), images
+
+
+def _correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1) == labels
+
+
+def _likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logs = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    return (logs.clamp_min(LEAST_LOG) * FIXED_POINT).round().long()
+
+
+def _agreement(logits: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    full, logs = full.double().log_softmax(-1), logits.double().log_softmax(-1)
+    divergence = (full.exp() * (full - logs)).sum(-1)
+    return (divergence.clamp_max(-LEAST_LOG) * -FIXED_POINT).round().long()
+
+
+# Score of each image, an integer, from a sub-network's logits and the label, or the full network's logits
+SCORES = {"accuracy": _correct, "likelihood": _likelihood, "agreement": _agreement}
+
+
+def score_unit(score: str) -> int:
+    """What an image's score is divided by: 1 for a correct answer, 65,536 for nats."""
+    return 1 if score == "accuracy" else FIXED_POINT
 
 
 class Evaluator:
@@ -53,6 +80,9 @@ class Evaluator:
         next_index: An atomic counter that all processes share: the number of earlier calls with this name. Needed when
             ``world`` > 1.
         dtype: Run the network under autocast to this type.
+        score: ``"accuracy"``: correct answers; ``"likelihood"``: logarithm of the label's probability;
+            ``"agreement"``: the negative Kullback-Leibler divergence from the full network's probabilities, which needs
+            no labels. The last two in units of `score_unit` and at most 0; their records have ``correct`` as well.
 
     Attributes:
         num_computed: Candidates that this process has scored itself.
@@ -74,7 +104,10 @@ class Evaluator:
         gather: Callable[[list], list] | None = None,
         next_index: Callable[[str], int] | None = None,
         dtype: torch.dtype | None = None,
+        score: str = "accuracy",
     ) -> None:
+        if prescreen is not None and score != "accuracy":
+            raise ValueError("pre-screening estimates correct answers; it needs the score accuracy")
         if world > 1 and (gather is None or next_index is None):
             raise ValueError(
                 "several processes need to join their scores and to share a counter; pass gather and next_index"
@@ -83,7 +116,9 @@ class Evaluator:
         self.parts = [batches] if prescreen is None else [prescreen, batches]
         self.rank, self.world, self.gather, self.next_index = rank, world, gather, next_index
         self.dtype = dtype
-        self.fingerprint = fingerprint
+        self.measure, self.fine = SCORES[score], score != "accuracy"
+        self._full: list[torch.Tensor] | None = [] if score == "agreement" else None
+        self.fingerprint = fingerprint if score == "accuracy" else f"{fingerprint} {score}"
         self.num_computed = 0
         self._sizes: list[int] | None = None  # images of each part
         self._records: dict[str, dict[str, Any]] = {}
@@ -164,7 +199,7 @@ class Evaluator:
     def _count(self, archs: list[Arch], at_least: int | None) -> list[dict[str, Any]]:
         """Score records of architectures that share each pass over the images."""
         net, previous = self.net, self.net.active
-        correct = [0] * len(archs)
+        totals, correct = [0] * len(archs), [0] * len(archs)
         stopped: dict[int, int] = {}
         try:
             with self._autocast():
@@ -172,21 +207,27 @@ class Evaluator:
                 for part in range(len(self.parts)):
                     left = [i for i in range(len(archs)) if i not in stopped]
                     counts: dict[int, Any] = dict.fromkeys(left, 0)
+                    right: dict[int, Any] = dict.fromkeys(left, 0)
                     images = 0
-                    for shared, labels in self._batches(part) if left else ():
+                    for batch, (shared, labels) in enumerate(self._batches(part) if left else ()):
                         images += len(labels)
+                        targets = labels if self._full is None else self._full_logits(batch, shared)
                         for i in left:
                             net.set_arch(archs[i])
-                            counts[i] = counts[i] + (net.forward_shared(shared).argmax(dim=-1) == labels).sum()
+                            logits = net.forward_shared(shared)
+                            counts[i] = counts[i] + self.measure(logits, targets).sum()
+                            if self.fine:
+                                right[i] = right[i] + _correct(logits, labels).sum()
                     seen += images
                     for i in left:
-                        correct[i] += int(counts[i])
+                        totals[i] += int(counts[i])
+                        correct[i] += int(right[i])
                     if at_least is not None and part == 0:
                         total = sum(self._part_sizes())
                         stopped = {
                             i: estimate
                             for i in left
-                            if (estimate := _below(correct[i], seen, total, at_least)) is not None
+                            if (estimate := _below(totals[i], seen, total, at_least)) is not None
                         }
         finally:
             net.set_arch(previous)
@@ -194,9 +235,16 @@ class Evaluator:
         return [
             {"key": a.key(), "score": stopped[i], "prescreened": seen}
             if i in stopped
-            else {"key": a.key(), "score": correct[i]}
+            else {"key": a.key(), "score": totals[i], **({"correct": correct[i]} if self.fine else {})}
             for i, a in enumerate(archs)
         ]
+
+    def _full_logits(self, batch: int, shared: torch.Tensor) -> torch.Tensor:
+        """Of the full network on a batch of the only part, kept once computed."""
+        if batch == len(self._full):
+            self.net.set_arch(None)
+            self._full.append(self.net.forward_shared(shared).clone())
+        return self._full[batch]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(next(self.net.parameters()).device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -233,7 +281,8 @@ def _checked(record: dict[str, Any], file: Path) -> dict[str, Any]:
     """A record that was read back, if it can be one of ours."""
     score, seconds = record.get("score"), record.get("seconds")
     number = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0
-    if not (isinstance(record.get("key"), str) and type(score) is int and score >= 0 and number):
+    least = -math.inf if "correct" in record else 0
+    if not (isinstance(record.get("key"), str) and type(score) is int and score >= least and number):
         raise ValueError(f"{file} is damaged: {str(record)[:80]} is not a score; remove the file to score again")
     return record
 

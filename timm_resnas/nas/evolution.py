@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Search:
     Attributes:
         history: One record per scored network, in ask order, added when its generation is complete. JSON-plain:
             ``model`` and ``args`` (`Arch.record`), ``key``, the space's costs, ``score``, ``generation``, ``origin``
-            ("initial", "mutation", "crossover" or "random").
+            ("start", "initial", "mutation", "crossover" or "random").
         archs: The networks of the history, by key.
         generation: Number of the current generation, from 0.
         batch: Networks of a generation after the initial one, at most.
@@ -267,6 +267,7 @@ class EvolutionSearch(Search):
         mutations: Mutations per generation.
         crossovers: Crossovers per generation.
         mutation_prob: Probability of each gene to mutate.
+        start: Networks that the initial generation begins with; those out of budget are left out.
 
     Raises:
         BudgetError: The space cannot meet the budget.
@@ -287,8 +288,10 @@ class EvolutionSearch(Search):
         mutations: int = 75,
         crossovers: int = 75,
         mutation_prob: float = 0.3,
+        start: Sequence[Arch] = (),
     ) -> None:
         super().__init__(space, budget, seed, generations=iterations)
+        self.start = tuple(a for a in start if budget is None or not budget.check(space.costs(a)))
         self.population = _count("population", population)
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)
@@ -306,6 +309,7 @@ class EvolutionSearch(Search):
             "mutations": self.mutations,
             "crossovers": self.crossovers,
             "mutation_prob": self.mutation_prob,
+            **({"start": [arch.key() for arch in self.start]} if self.start else {}),
         }
 
     def top(self, n: int) -> list[Arch]:
@@ -315,7 +319,9 @@ class EvolutionSearch(Search):
     def _propose(self) -> list[tuple[Arch, str]]:
         taken: set[str] = set()
         if not self.history:
-            return self._fresh(self.population, self._sample, "initial", taken)
+            given = list({arch.key(): (arch, "start") for arch in self.start}.values())[: self.population]
+            taken.update(arch.key() for arch, _ in given)
+            return given + self._fresh(self.population - len(given), self._sample, "initial", taken)
         parents = self.top(self.parents)
 
         def mutate(n: int) -> list[Arch]:

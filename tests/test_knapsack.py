@@ -1,0 +1,65 @@
+"""The start of a search over a trained network, against trying everything."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from timm_resnas.families.elastic import ElasticArch, ElasticSpace
+from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
+
+
+@pytest.fixture(scope="module")
+def space():
+    """Few enough networks to try them all."""
+    choices = [[[2, 1, 0], [192, 96, 0]]] * 2 + [[[2], [192]]] * 4
+    return ElasticSpace("test_vit", choices, img_size=32, num_classes=7)
+
+
+def test_networks_that_are_scored_alone(space):
+    archs = alone(space)
+    assert archs[0] == space.largest and len(archs) == 1 + 4 * 2
+    for arch in archs[1:]:
+        pairs = zip(arch.widths, space.largest.widths, strict=True)
+        assert sum(a != b for pair, most in pairs for a, b in zip(pair, most, strict=True)) == 1
+
+
+def test_losses_between_probes():
+    space = ElasticSpace("test_vit", [[[2], list(range(192, -1, -12))]] * 6, img_size=32)
+    scores = [0.0, *[-1.0, -2.0, -1.5, -8.0] * 6]
+    loss = losses(space, scores)
+    assert loss[0].tolist() == [0.0]
+    # probes at a quarter, half, three quarters and all of 16 steps; narrower is never better
+    assert loss[1][[0, 2, 4, 8, 12, 14, 16]].tolist() == [0.0, 0.5, 1.0, 2.0, 2.0, 4.75, 8.0]
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
+def test_the_best_of_all(space, share):
+    rng = np.random.default_rng(0)
+    loss = [np.sort(rng.random(len(gene.choices))) for gene in space.genes]
+    for values in loss:
+        values[0] = 0.0
+    least, most = space.cost_range("macs")
+    budget = Budget(macs=least + share * (most - least), lower=0)
+    rows = np.array(list(itertools.product(*(range(len(gene.choices)) for gene in space.genes))), np.int8)
+    within = rows[space.table("macs").cost(rows) <= budget.limits["macs"]]
+    total = [sum(values[i] for values, i in zip(loss, row, strict=True)) for row in within]
+    found = knapsack(space, loss, budget)
+    row = space.encode(found)
+    assert not budget.check(space.costs(found))
+    assert sum(values[i] for values, i in zip(loss, row, strict=True)) == pytest.approx(min(total))
+
+
+def test_no_network_within_the_budget(space):
+    assert knapsack(space, [np.zeros(len(g.choices)) for g in space.genes], Budget(macs=1000, lower=0)) is None
+    assert uniform(space, Budget(macs=1000)) is None
+
+
+def test_uniform():
+    space = ElasticSpace("vit_small_patch16_224", img_size=32, num_classes=7)
+    budget = Budget.parse("macs=50%", space.costs(space.largest))
+    arch = uniform(space, budget)
+    assert set(arch.widths) == {(3, 672)}  # the stem stays, so that less than half of each block is left
+    wider = ElasticArch(arch.base, ((3, 768),) * 12)
+    assert space.costs(arch)["macs"] <= budget.limits["macs"] < space.costs(wider)["macs"]
