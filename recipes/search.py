@@ -47,9 +47,20 @@ from timm_resnas.engine.settings import SearchOptions
 
 def resolve(options: SearchOptions) -> SearchOptions:
     """Fill in what depends on other options."""
-    space = options.space if options.space or options.supernet else "micro"
-    budget = options.budget or ("none" if options.search == "pareto" else "macs=20%")
-    return dataclasses.replace(options, space=space, budget=budget)
+    model = options.model is not None
+    space = options.space if options.space or options.supernet or model else "micro"
+    defaults = {
+        "budget": "none" if options.search == "pareto" else "macs=50%" if model else "macs=20%",
+        "score": "agreement" if model else "accuracy",
+        "epochs": 8 if model else 12,
+        "batch_size": 32 if model else 64,
+        "lr": 1e-4 if model else 2e-3,
+        "val_fraction": 0.15 if model else 1 / 3,
+    }
+    if model and options.search == "evolution":
+        defaults["mutation_prob"] = 0.1
+    given = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return dataclasses.replace(options, space=space, **given)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,6 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     with cli_errors("search.py"):
         clock = Deadline(options.max_minutes)
         accelerator = start(options)
+        if options.model is not None:
+            from timm_resnas.engine.shrink import shrink
+
+            shrink(options, accelerator, clock)
+            accelerator.end_training()
+            return
+        job.check_options(options)
         named = options.space or Path(options.supernet.rstrip("/")).name
         run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{Path(named).stem}")
         note = None

@@ -13,6 +13,7 @@ from ..arch import Arch
 from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
+from . import shrink_report
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress
 from .run import RunError, atomic_write, format_minutes, read_json
 
@@ -33,6 +34,8 @@ def report(folder: Path) -> str:
     if not path.is_file():
         raise RunError(f"{folder} holds no results.json; expected the folder of a finished search")
     results = read_json(path)
+    if isinstance(results, dict) and "networks" in results:
+        return shrink_report.report(folder)
     history = read_jsonl(folder / "history.jsonl")
     training = read_jsonl(folder / "training.jsonl")
     if not history or not all(RECORD <= record.keys() for record in history):

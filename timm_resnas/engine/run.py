@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -137,6 +138,15 @@ class Run:
                 )
             self._take_lock()
         accelerator.wait_for_everyone()
+
+    def part(self, name: str) -> Run:
+        """A stage of this run with a folder of its own inside it: checkpoints, records and ``best/`` are kept there."""
+        part = copy.copy(self)
+        part.folder = self.folder / name
+        part.state = part.folder / "state"
+        if self.is_main:
+            part.state.mkdir(parents=True, exist_ok=True)
+        return part
 
     @staticmethod
     def read_config(path: Path) -> dict[str, Any]:

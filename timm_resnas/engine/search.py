@@ -46,6 +46,7 @@ from .settings import SearchOptions
 from .supernet import SearchData, open_space
 
 __all__ = [
+    "check_options",
     "finish",
     "fingerprint",
     "load_supernet",
@@ -60,6 +61,20 @@ __all__ = [
 FINALISTS = 10  # networks that are measured until one is within a latency budget
 NEAR = 0.02  # points of a front this near in MACs are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
+
+
+def check_options(options: SearchOptions) -> None:
+    """Whether options fit each other.
+
+    Raises:
+        RunError: They do not.
+    """
+    if options.epochs < 1:
+        raise RunError("--epochs 0 is for --model; a supernet from scratch needs at least 1")
+    if options.score == "agreement":
+        raise RunError("--score agreement is for --model, whose full network is trained; take accuracy or likelihood")
+    if options.score != "accuracy" and (options.search == "pareto" or options.prescreen):
+        raise RunError(f"--score {options.score} goes neither with --search pareto nor with --prescreen")
 
 
 def load_supernet(options: SearchOptions, run: Run) -> tuple[Supernet, SearchData, str | None]:
@@ -146,8 +161,10 @@ def make_budget(options: SearchOptions, space: SearchSpace) -> Budget | None:
     return Budget.parse(text, share_of=space.costs(space.largest))
 
 
-def make_search(options: SearchOptions, space: SearchSpace, budget: Budget | None, images: int) -> Search:
-    """The search that the options name; candidates are scored on ``images`` images.
+def make_search(
+    options: SearchOptions, space: SearchSpace, budget: Budget | None, images: int, start: Sequence[Arch] = ()
+) -> Search:
+    """The search that the options name; candidates are scored on ``images`` images, evolution begins with ``start``.
 
     Raises:
         BudgetError: The space cannot meet the budget; the message gives the reachable range.
@@ -164,7 +181,7 @@ def make_search(options: SearchOptions, space: SearchSpace, budget: Budget | Non
     if options.search == "pareto":
         names = objectives(options, space)
         return ParetoSearch(space, budget, options.seed, **sizes, objectives=names, max_score=images)
-    return EvolutionSearch(space, budget, options.seed, **sizes)
+    return EvolutionSearch(space, budget, options.seed, **sizes, start=start)
 
 
 def objectives(options: SearchOptions, space: SearchSpace) -> tuple[str, ...]:

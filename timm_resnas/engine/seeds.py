@@ -15,6 +15,7 @@ class Stream(IntEnum):
     DROP_PATH = 3  # inside a step (`step_seed`)
     MIX = 4  # of token labels inside a step (`step_seed`)
     BASELINES = 4  # random networks that a search is compared with (`generator`)
+    CALIBRATION = 5  # images that units are ranked by (`generator`)
 
 
 def step_seed(*numbers: int) -> int:

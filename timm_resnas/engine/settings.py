@@ -139,10 +139,41 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
 class SearchOptions(SupernetOptions):
     """search"""
 
+    model: str | None = option(
+        None,
+        "shrink this trained vision transformer instead: a timm name, a folder or hf-hub:<id>",
+        metavar="MODEL",
+        basic=True,
+    )
+    finetune_epochs: int = option(
+        8, "epochs that a shrunk network is fine-tuned, taught by the full one, at a fifth of --lr; 0: none",
+        range=NOT_NEGATIVE, basic=True,
+    )  # fmt: skip
+    calibration: int = option(
+        512, "training images by which a model's units are ranked and its layers repaired", metavar="N", range=COUNT
+    )
+    score: str | None = option(
+        None,
+        "of candidates: correct answers, likelihood of the labels, or agreement with the full network (default: "
+        "accuracy; with --model agreement)",
+        choices=("accuracy", "likelihood", "agreement"),
+    )
+    epochs: int | None = option(
+        None, "training epochs (default: 12; with --model 8 of the full model, 0: none)", range=NOT_NEGATIVE, basic=True
+    )
+    batch_size: int | None = option(
+        None, "images per step, over all processes and passes (default: 64; with --model 32)", range=COUNT, basic=True
+    )
+    lr: float | None = option(
+        None, "highest learning rate (default: 2e-3; with --model 1e-4)", range=POSITIVE, basic=True
+    )
+    val_fraction: float | None = option(
+        None, "the same for classes of under 5 times as many (default: a third; with --model 0.15)", range="(0, 1)"
+    )
     budget: str | None = option(
         None,
         "upper limits, candidates use at least 97.5% of the first: macs=1.8G,params=40M, a share macs=40%, or none "
-        "(default: macs=20%, for pareto none)",
+        "(default: macs=20%, with --model 50%, for pareto none)",
         basic=True,
     )
     search: str = option("evolution", "how candidates are made", choices=("evolution", "random", "pareto"), basic=True)
@@ -168,7 +199,7 @@ class SearchOptions(SupernetOptions):
     crossovers: int = option(20, "crossed candidates per generation (paper: 75)", range=NOT_NEGATIVE)
     mutation_prob: float | None = option(
         None,
-        "probability of each gene to mutate (default: the paper's 0.3; for pareto two genes on average)",
+        "probability of each gene to mutate (default: the paper's 0.3, with --model 0.1, for pareto two genes)",
         range="(0, 1]",
     )
     prescreen: float = option(

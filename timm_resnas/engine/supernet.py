@@ -30,6 +30,7 @@ from ..data import (
     train_transform,
     training_record,
 )
+from ..families.elastic import ElasticSpace
 from ..hub import load, save_pretrained
 from ..nas.evaluate import count_correct
 from ..nas.sampling import MultiArchSampler, SandwichSampler
@@ -76,13 +77,15 @@ class SearchData(NamedTuple):
 
 
 def open_space(name: str) -> SearchSpace:
-    """A search space by a preset's name, or from a JSON file of what `SearchSpace.to_dict` gives.
+    """A search space by a preset's name, by a timm vision transformer's, whose narrower forms it then holds, or from a
+    JSON file of what `SearchSpace.to_dict` gives.
 
     Raises:
         ValueError: The name is not known, or the file holds no space.
     """
     if not name.endswith(".json"):
-        return SearchSpace.preset(name)
+        known = SearchSpace.preset_names()
+        return ElasticSpace(name) if name not in known and timm.is_model(name) else SearchSpace.preset(name)
     try:
         return SearchSpace.from_dict(read_json(Path(name)))
     except ValueError as e:

@@ -8,7 +8,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,6 +344,7 @@ class ModelTraining(Training):
         model: See `prepare`.
         data: See `prepare`.
         val: Validation images, this process's share; None: the last epoch's weights are taken.
+        facts: More to be said of the weights in the config.json of saved folders, JSON-plain.
     """
 
     def __init__(
@@ -354,7 +355,9 @@ class ModelTraining(Training):
         model: nn.Module,
         data: TrainData,
         val: EvalBatches | None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        self.facts = dict(facts or {})
         if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             model = convert_sync_batchnorm(model)
         model = model.to(accelerator.device)
@@ -406,6 +409,7 @@ class ModelTraining(Training):
             "epoch": record["epoch"],
             "val_top1": record["accuracy"].get(weights),
             "trained": {k: getattr(self.options, k) for k in ("model", "dataset", "epochs", "seed", "pretrained")},
+            **self.facts,
         }
         model, data = self.weights()[weights], self.data
         with full_precision(model):

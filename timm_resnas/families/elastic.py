@@ -70,12 +70,13 @@ class _Branch:
             shape = dict(hidden=keep)
             memory = self.tokens * max(3 * self.dim + 2 * self.runs * inner, 4 * self.dim + inner)
         macs = self.macs[0] + keep * self.macs[1]
-        # parameters tell layers of one shape with and without biases, norms and gates apart
         return Layer.of(
             self.kind,
             tokens=self.tokens,
             dim=self.dim,
-            weights=params,
+            # these tell layers of one shape with and without biases, norms and gates apart
+            params_beside=self.params[0],
+            params_each=self.params[1],
             macs=macs,
             params=params,
             memory=memory,
