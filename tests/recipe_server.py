@@ -17,7 +17,7 @@ SERVER = """
 import importlib, json, os, sys, traceback
 import matplotlib.backends.backend_agg
 from timm_resnas.data import load_splits
-for name in ("evaluate", "report", "search", "supernet", "train"):
+for name in ("evaluate", "report", "search", "shrink", "supernet", "train"):
     importlib.import_module(f"timm_resnas.engine.{name}")
 load_splits("digits")  # imports what it needs
 for line in sys.stdin:

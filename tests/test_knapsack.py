@@ -51,6 +51,13 @@ def test_the_best_of_all(space, share):
     assert sum(values[i] for values, i in zip(loss, row, strict=True)) == pytest.approx(min(total))
 
 
+def test_room_that_coarse_genes_leave_is_filled(space):
+    loss = [np.array([0.0, 0.0, 1.0])[: len(gene.choices)] for gene in space.genes]  # the middle costs nothing
+    least, most = space.cost_range("macs")
+    budget = Budget(macs=most, lower=0.9)
+    assert not budget.check(space.costs(knapsack(space, loss, budget)))
+
+
 def test_no_network_within_the_budget(space):
     assert knapsack(space, [np.zeros(len(g.choices)) for g in space.genes], Budget(macs=1000, lower=0)) is None
     assert uniform(space, Budget(macs=1000)) is None

@@ -153,6 +153,9 @@ def _prepare(options: SearchOptions, run: Run) -> tuple[nn.Module, TrainData, bo
         other = "--prescreen" if options.prescreen else "--search pareto (add --score accuracy)"
         raise RunError(f"--score {options.score}, the finer one of --model, does not go with {other}")
     model, data = prepare_model(_train_options(options, pretrained=True, epochs=max(1, options.epochs)), run)
+    size = tuple(data.config["input_size"][1:])
+    if hasattr(model, "set_input_size") and tuple(getattr(model.patch_embed, "img_size", None) or size) != size:
+        model.set_input_size(img_size=size)  # one of any image size: costs are those at the data's
     source = open_model(options.model)  # with the classes that it was saved with
     names = class_names_of(source)
     fits = source.num_classes == data.splits.num_classes and (not names or set(names) == set(data.splits.class_names))

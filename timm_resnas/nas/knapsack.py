@@ -93,7 +93,24 @@ def knapsack(space: SearchSpace, loss: Sequence[np.ndarray], budget: Budget, pow
     for pick, weights in reversed(picks):
         row.append(pick[left])
         left -= weights[pick[left]]
-    return space.decode(np.array([row[::-1]], np.int8))[0]
+    return space.decode(_filled(space, np.array(row[::-1], np.int8), budget)[None])[0]
+
+
+def _filled(space: SearchSpace, row: np.ndarray, budget: Budget) -> np.ndarray:
+    """Genes widened, the most costly step first, until the cost is within the budget's band or none fits any more.
+
+    Coarse genes leave room: what a knapsack finds may cost less than the band allows.
+    """
+    name, limit = next(iter(budget))
+    table = space.table(name)
+    while table.cost(row[None])[0] < budget.band[0]:
+        wider = np.repeat(row[None], len(row), axis=0) - np.eye(len(row), dtype=np.int8)
+        wider = wider[(wider >= 0).all(axis=1)]
+        wider = wider[table.cost(wider) <= limit] if len(wider) else wider
+        if not len(wider):
+            break
+        row = wider[table.cost(wider).argmax()]
+    return row
 
 
 def uniform(space: SearchSpace, budget: Budget) -> Arch | None:

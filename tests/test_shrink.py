@@ -1,0 +1,180 @@
+"""search.py --model: a trained timm ViT is shrunk, whatever interrupts it."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from recipe_server import Recipe, parts, wait_until
+from safetensors.torch import load_file
+
+import timm_resnas
+from recipes import report as report_recipe
+from recipes import search as recipe
+from timm_resnas.arch import Arch
+from timm_resnas.data import load_splits
+from timm_resnas.nas.jsonl import read_jsonl
+
+QUICK = [
+    *("--cpu", "--threads", "1", "--population", "8", "--iterations", "2", "--parents", "4", "--mutations", "3"),
+    *("--crossovers", "3", "--num-random", "3", "--budget", "macs=60%", "--calibration", "96", "--batch-size", "128"),
+    *("--epochs", "1", "--finetune-epochs", "1", "--warmup-epochs", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small ViT with weights and the digits' classes; nine of its ten are named otherwise in ``renamed``."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    for name, labels in (("best", map(str, range(10))), ("renamed", "abcdefghij")):
+        config = {"input_size": [3, 32, 32]}
+        timm_resnas.save_pretrained(model, folder / name, label_names=list(labels), data_config=config)
+    convnet = timm.create_model("test_convnext", num_classes=10)
+    timm_resnas.save_pretrained(convnet, folder / "convnet", label_names=list(map(str, range(10))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(recipe_server, base):
+    return Recipe(recipe_server, "search", [*QUICK, "--model", str(base / "best")])
+
+
+@pytest.fixture(scope="module")
+def shrunk(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    runs.run(folder)
+    return folder
+
+
+def results_of(folder):
+    """What does not depend on the clock."""
+    results = json.loads((folder / "results.json").read_text())
+    for row in results["networks"].values():
+        del row["ms"], row["speedup"]
+    for record in results["finalists"]:
+        record.pop("seconds", None)
+    return {k: v for k, v in results.items() if k not in ("seconds", "command", "resumed", "processes", "conditions")}
+
+
+def history_of(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "history.jsonl")]
+
+
+def test_what_comes_out(shrunk, capsys):
+    results, history = results_of(shrunk), history_of(shrunk)
+    limit = results["budget"]["macs"]
+    assert len(history) == 14 == results["candidates"]
+    assert history[0]["origin"] == "start" and all(0.975 * limit <= r["macs"] <= limit for r in history)
+    best = timm.create_model(f"local-dir:{shrunk / 'best'}", pretrained=True).eval()
+    arch = Arch.from_record(results["best"])
+    assert timm_resnas.elastic(best).space.largest == arch and arch.base == "test_vit"
+    assert sum(p.numel() for p in best.parameters()) == results["best"]["params"]
+    assert results["networks"]["found, fine-tuned"]["macs"] == results["best"]["macs"]
+    assert best.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+    config = json.loads((shrunk / "best" / "config.json").read_text())
+    assert config["timm_resnas"]["macs"] == results["best"]["macs"] and config["architecture"] == "vit_elastic"
+    # the accuracy is that of plain timm with timm's own preprocessing
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(best), is_training=False)
+    test = load_splits("digits").test
+    with torch.inference_mode():
+        right = best(torch.stack([transform(i.convert("RGB")) for i in test["image"]])).argmax(-1)
+    assert int((right == torch.tensor(test["label"])).sum()) == results["networks"]["found, fine-tuned"]["test"]
+    before = (shrunk / "report.md").read_text()
+    (shrunk / "report.md").unlink()
+    report_recipe.main([str(shrunk)])
+    assert (shrunk / "report.md").read_text() == before and "| found, fine-tuned" in capsys.readouterr().out
+
+
+def test_the_search_sees_no_image_that_was_trained_on(shrunk):
+    train, val = parts(shrunk)
+    assert not set(train) & set(val) and len(train) + len(val) == 1437
+    assert results_of(shrunk)["images"] == {"train": len(train), "val": len(val), "test": 360}
+
+
+def test_the_score_is_the_agreement_of_the_repaired_network_with_the_full_one(shrunk):
+    """Computed here from the folders alone."""
+    from timm_resnas.data import eval_batches, eval_transform
+
+    full = timm.create_model(f"local-dir:{shrunk / 'full' / 'best'}", pretrained=True).eval()
+    record = results_of(shrunk)["finalists"][0]
+    train, val = parts(shrunk)
+    config = timm.data.resolve_model_data_config(full)
+    batches = eval_batches(load_splits("digits").train, eval_transform(config), indices=val, batch_size=64)
+    net = timm_resnas.load(shrunk / "supernet").eval()
+    chosen = np.random.default_rng([0, 5]).permutation(train)[:96].tolist()
+    parts_of = eval_batches(load_splits("digits").train, eval_transform(config), indices=chosen, batch_size=64)
+    images = torch.cat([x for x, _ in parts_of])
+    small = net.extract(Arch.from_record(record), repair=images)
+    with torch.inference_mode():
+        x = torch.cat([x for x, _ in batches])
+        a, b = full(x).double().log_softmax(-1), small(x).double().log_softmax(-1)
+    expected = -(a.exp() * (a - b)).sum()
+    assert record["repaired"] / 65536 == pytest.approx(expected.item(), rel=1e-2, abs=1e-3)
+
+
+def test_a_model_for_any_image_size_is_priced_at_the_size_of_the_images(base, tmp_path, capsys):
+    """Its own is 160 pixels, those of its position embedding 32; the option says 48."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10, dynamic_img_size=True)
+    timm_resnas.save_pretrained(model, tmp_path / "model", label_names=list(map(str, range(10))))
+    argv = [*QUICK, "--model", str(tmp_path / "model"), "--img-size", "48", "--epochs", "0", "--finetune-epochs", "0"]
+    recipe.main([*argv, "--output", str(tmp_path), "--name", "run"])
+    results = results_of(tmp_path / "run")
+    assert results["space_dict"]["model_args"]["img_size"] == [48, 48]
+    assert results["networks"]["found, repaired"]["macs"] == results["best"]["macs"]
+
+
+def test_killed_at_five_moments(runs, shrunk, tmp_path):
+    folder = tmp_path / "killed"
+    moments = [
+        lambda: (folder / "config.yaml").exists(),
+        lambda: (folder / "full" / "best" / "config.json").exists(),
+        lambda: (scores := folder / "state" / "scores-0.jsonl").exists() and scores.read_bytes().count(b"\n") >= 9,
+        lambda: (folder / "history.jsonl").exists(),
+        lambda: (folder / "state" / "winner.json").exists(),
+    ]
+    for moment in moments:
+        pid = runs.start(folder)
+        wait_until(moment, pid, f"{folder}.log")
+        runs.kill(pid)
+    runs.run(folder)
+    assert history_of(folder) == history_of(shrunk) and results_of(folder) == results_of(shrunk)
+    weights, expected = (load_file(f / "best" / "model.safetensors") for f in (folder, shrunk))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
+    """The full model is not trained, for gradients of two processes are summed in another order."""
+    given = ["--epochs", "0", "--finetune-epochs", "0"]
+    runs.run(tmp_path / "one", *given)
+    runs.run_two(tmp_path / "two", *given)
+    assert history_of(tmp_path / "two") == history_of(tmp_path / "one")
+    one, two = (load_file(tmp_path / n / "best" / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "{base}/convnet"], "ConvNeXt has no blocks of attention and MLP"),
+        (["--model", "vit_resnas_tiny"], "no pretrained weights"),
+        (["--model", "{base}/best", "--budget", "macs=1%"], "is below the smallest network of the space"),
+        (["--model", "{base}/renamed", "--epochs", "0"], "has other classes than digits"),
+        (["--model", "{base}/best", "--space", "micro"], "--model goes neither with --space nor with --supernet"),
+        (["--model", "{base}/best", "--prescreen", "0.5"], "does not go with --prescreen"),
+        (["--model", "{base}/best", "--budget", "latency=3ms"], "needs --latency-table"),
+        (["--epochs", "0"], "--epochs 0 is for --model"),
+        (["--score", "agreement"], "--score agreement is for --model"),
+    ],
+)
+def test_wrong_input_is_one_message_before_any_work(given, message, base, tmp_path, capsys):
+    argv = [*QUICK, *(g.format(base=base) for g in given), "--output", str(tmp_path), "--name", "run"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(argv)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("search.py")]
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], captured.err
+    assert not (tmp_path / "run" / "config.yaml").exists()
