@@ -1,6 +1,5 @@
 """Training batches from a stream: data sets that are read as they are trained on, from the net or a disk."""
 
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .images import DataError, Images, require
+from .images import DataError, Images, quiet, require
 from .loaders import TrainLoader, _accelerator, _Samples
 from .transforms import ImageTransform
 
@@ -201,8 +200,7 @@ class _Items(Images):
         # an image has another position in each epoch; unreadable ones are counted by their content
         items = [self._held[int(i)] for i in indices]
         names = [zlib.crc32((item and (item["bytes"] or (item["path"] or "").encode())) or b"") for item in items]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in `Images`
+        with quiet:
             return [self._decode(name, item) for name, item in zip(names, items, strict=True)]
 
     def readable(self, index: int) -> tuple[Image.Image, int]:
