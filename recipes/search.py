@@ -11,7 +11,8 @@ Three sets of images are kept apart: training, the search's own validation (cut 
 `state/data.json`) and test. Candidates are scored on the validation images with the supernet's weights; the test
 images are used once, for the last table.
 
-A run's folder:
+A run's folder is named by the data, the space, and the options that were changed: runs/digits-micro,
+runs/digits-micro-seed=3-epochs=20. It holds
 
     config.yaml            the options
     supernet/              the trained supernet
@@ -53,7 +54,8 @@ def resolve(options: SearchOptions) -> SearchOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = resolve(parse(SearchOptions, argv, __doc__))
+    asked = parse(SearchOptions, argv, __doc__)
+    options = resolve(asked)
     # torch is imported from here on, so that --help answers at once
     import hashlib
 
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     import timm_resnas
     from timm_resnas.engine import search as job
     from timm_resnas.engine.processes import shared_counter, start
-    from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name
+    from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name, run_name, short_path
     from timm_resnas.engine.supernet import prepare, train_supernet
     from timm_resnas.nas.evaluate import Evaluator
     from timm_resnas.nas.latency import LatencyTable
@@ -73,8 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     with cli_errors("search.py"):
         clock = Deadline(options.max_minutes)
         accelerator = start(options)
-        named = options.space or Path(options.supernet.rstrip("/")).name
-        run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{Path(named).stem}")
+        parts = [dataset_name(options.dataset)]
+        if options.supernet is not None:
+            parts.append(short_path(options.supernet).replace("/", "-"))
+        if options.space is not None:
+            parts.append(Path(options.space).stem)
+        run = Run(options, accelerator, run_name(asked, parts, shown=("dataset", "supernet", "space")))
         note = None
         if options.supernet is None:
             data = prepare(options, run)
