@@ -19,7 +19,8 @@ runs/digits-micro-seed=3-epochs=20. It holds
     training.jsonl         its accuracy while it trained
     history.jsonl          every candidate: model and args, costs, score (correct answers), generation, origin, seconds
     best/                  timm.create_model('local-dir:<run>/best', pretrained=True)
-    pareto/<k>/            the same for each point of the front of accuracy against MACs, cheapest first
+    pareto/<k>/            the same for each point of the front, cheapest first: accuracy against the cost that the
+                           budget names first (MACs without one)
     results.json, report.md, pareto.png, progress.png, choices.png
     state/                 what continuing after a kill needs
 

@@ -10,13 +10,15 @@ from PIL import Image
 
 from recipes.search import resolve
 from timm_resnas.data import content_hashes, load_splits, training_record
+from timm_resnas.engine import plots
 from timm_resnas.engine import search as job
 from timm_resnas.engine.options import parse
 from timm_resnas.engine.report import report
 from timm_resnas.engine.run import Deadline, Run, RunError
 from timm_resnas.engine.settings import SearchOptions
 from timm_resnas.engine.supernet import SearchData
-from timm_resnas.nas.jsonl import read_jsonl
+from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.space import BudgetError, SearchSpace
 
 MICRO = SearchSpace.preset("micro", img_size=16)
@@ -153,8 +155,17 @@ def test_the_best_under_a_latency_budget_is_measured(tmp_path, monkeypatch, caps
 
 def test_the_front_of_records():
     points = [(5, 10), (3, 10), (9, 40), (3, 4), (7, 39), (1, 2), (9, 41)]
-    records = [{"macs": m, "score": s, "key": str(i)} for i, (m, s) in enumerate(points)]
-    assert [(r["macs"], r["score"]) for r in job.front(records)] == [(1, 2), (3, 10), (7, 39), (9, 41)]
+    records = [{"macs": m, "params": -m, "score": s, "key": str(i)} for i, (m, s) in enumerate(points)]
+    assert [(r["macs"], r["score"]) for r in job.front(records, "macs")] == [(1, 2), (3, 10), (7, 39), (9, 41)]
+    assert [(r["params"], r["score"]) for r in job.front(records, "params")] == [(-9, 41)]
+
+
+def test_the_cost_of_the_front():
+    """The budget's first; of mini, memory is the same for all networks."""
+    assert job.front_cost(None, MICRO) == "macs"
+    assert job.front_cost(Budget(params=10**6, macs=10**7), MICRO) == "params"
+    assert job.front_cost(Budget(memory=10**7, params=10**6), SearchSpace.preset("mini")) == "params"
+    assert job.front_cost(Budget(memory=10**7), SearchSpace.preset("mini")) == "macs"
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -253,11 +264,46 @@ def test_a_report(finished):
     folder, facts = finished
     table = report(folder)
     text = (folder / "report.md").read_text()
+    assert "Front of accuracy against MACs" in text and "| folder | MACs | params | memory | validation |" in text
     assert table in text and f"| {310 / 360:.4f} " in table and "mean of 5 random" in table
     assert "ended after 1 of 3 generations" in text and "that were not trained on" in text and "Leak" not in text
     for name in ("pareto.png", "progress.png", "choices.png"):
         with Image.open(folder / name) as image:
             assert image.size[0] > 500
+
+
+@pytest.mark.parametrize(
+    "cost, columns, axis",
+    [
+        ("params", ["params", "MACs", "memory", "latency"], "M parameters"),
+        ("latency_ms", ["latency", "MACs", "params", "memory"], "latency in ms"),
+        ("memory", ["memory", "MACs", "params", "latency"], "kB of memory"),
+    ],
+)
+def test_a_report_shows_the_cost_of_the_front(cost, columns, axis, finished, tmp_path, monkeypatch):
+    """The table's first column and the picture's axis: what is drawn there is taken from the picture."""
+    folder, facts = finished
+    facts = json.loads(json.dumps({**facts, "objectives": [cost]}))
+    history = read_jsonl(folder / "history.jsonl")
+    parts = [facts["best"], facts["largest"], *facts["random"], *facts["spread"], *facts["front"], *history]
+    for record in parts:
+        record["latency_ms"] = record["macs"] / 1e6
+    write_jsonl(tmp_path / "history.jsonl", history)
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.name: figure}))
+    table = report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        f"## Front of accuracy against {columns[0]}\n" in text and f"![score against {columns[0]}](pareto.png)" in text
+    )
+    assert "| folder | " + " | ".join(columns) + " | validation |" in text
+    assert table.splitlines()[0].split("|")[2].strip() == columns[0]
+    (axes,) = drawn["pareto.png"].axes
+    assert axes.get_xlabel() == axis
+    (line,) = axes.get_lines()
+    scale = {"params": 1e6, "latency_ms": 1, "memory": 1e3}[cost]
+    assert line.get_xdata() == pytest.approx([facts["front"][0][cost] / scale])
 
 
 def test_a_report_tells_of_leaks_and_prescreening(finished, tmp_path):

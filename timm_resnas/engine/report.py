@@ -13,7 +13,7 @@ from ..arch import Arch
 from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
-from .plots import accuracies, draw_choices, draw_pareto, draw_progress
+from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
 from .run import RunError, atomic_write, format_minutes, read_json
 
 __all__ = ["report", "results_table", "spearman", "train_command"]
@@ -73,8 +73,8 @@ def improving(training: list[dict[str, Any]]) -> str | None:
 
 def results_table(results: dict[str, Any]) -> str:
     """Best, largest and random networks, as Markdown that reads well in a terminal."""
-
-    names = [k for k in ("macs", "params", "latency_ms") if k in results["best"]]  # latency: where a table predicts it
+    # the front's costs first; latency where a table predicts it
+    names = [k for k in dict.fromkeys((*objectives(results), "macs", "params", "latency_ms")) if k in results["best"]]
 
     def row(name: str, costs: list[float], val: str, test: str) -> tuple[str, ...]:
         return name, *(format_cost(k, v) for k, v in zip(names, costs, strict=True)), val, test
@@ -142,7 +142,8 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
     """The report's text."""
     arch = Arch.from_record(results["best"])
     model_args = SearchSpace.from_dict(results["space_dict"]).model_args
-    shown = [name for name in LABELS if name in results["front"][0]]
+    front_costs = objectives(results)
+    shown = [name for name in dict.fromkeys((*front_costs, *LABELS)) if name in results["front"][0]]
     points = [
         "| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |",
         "|---|" + "---|" * (len(shown) + 1),
@@ -152,7 +153,6 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
-    objectives = results.get("objectives", ["macs"])
     seconds = results["seconds"]
     leak = results.get("leak")
     lines = [
@@ -193,11 +193,11 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
         "```",
         "",
-        f"## Front of accuracy against {' and '.join(LABELS[name] for name in objectives)}",
+        f"## Front of accuracy against {' and '.join(LABELS[name] for name in front_costs)}",
         "",
         *points,
         "",
-        "![score against MACs](pareto.png)",
+        f"![score against {LABELS[front_costs[0]]}](pareto.png)",
         "",
         "## Progress",
         "",

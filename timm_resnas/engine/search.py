@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 FINALISTS = 10  # networks that are measured until one is within a latency budget
-NEAR = 0.02  # points of a front this near in MACs are one network to a user
+NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
 
 
@@ -336,21 +336,27 @@ def choose(search: Search, table: LatencyTable | None, run: Run) -> tuple[dict[s
     return ranked[fastest], measured
 
 
-def front(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records that no other beats in score and MACs, cheapest first."""
+def front_cost(budget: Budget | None, space: SearchSpace) -> str:
+    """What the front sets against accuracy: the budget's first cost that networks differ in; MACs without a budget."""
+    idle = space.idle_limits(budget) if budget else ()
+    return next((name for name, _ in budget or () if name not in idle), "macs")
+
+
+def front(records: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Records that no other beats in score and cost, cheapest first."""
     points, best = [], -1
-    for record in sorted(records, key=lambda r: (r["macs"], -r["score"], r["key"])):
+    for record in sorted(records, key=lambda r: (r[cost], -r["score"], r["key"])):
         if record["score"] > best:
             points.append(record)
             best = record["score"]
     return points
 
 
-def distinct_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of points whose MACs differ by less than `NEAR`, the best; a front's order, cheapest first, is kept."""
+def distinct_points(points: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Of points whose costs differ by less than `NEAR`, the best; a front's order, cheapest first, is kept."""
     kept: list[dict[str, Any]] = []
     for point in points:
-        if kept and point["macs"] < (1 + NEAR) * kept[-1]["macs"]:
+        if kept and point[cost] < (1 + NEAR) * kept[-1][cost]:
             if point["score"] > kept[-1]["score"]:
                 kept[-1] = point
         else:
@@ -444,8 +450,10 @@ def finish(
         facts["objectives"] = list(search.objectives)
         facts["hypervolumes"] = search.hypervolumes
     else:
-        points = front([*(r for r in search.history if "prescreened" not in r), largest, *compared, *free])
-        points = distinct_points(points)
+        cost = front_cost(search.budget, data.space)
+        facts["objectives"] = [cost]
+        points = front([*(r for r in search.history if "prescreened" not in r), largest, *compared, *free], cost)
+        points = distinct_points(points, cost)
     for k, point in enumerate(points, start=1):
         export(net, point, run / "pareto" / str(k), options, data, seen)
     correct, images = score_of(run / "best", data, device)
