@@ -318,6 +318,25 @@ def test_a_report_tells_of_leaks_and_prescreening(finished, tmp_path):
     assert "stopped 7 candidates and saved 25% of the images" in text and "1 of the 5 closest" in text
 
 
+@pytest.mark.parametrize(
+    "supernet, named",
+    [
+        ("/home/someone/runs/digits-micro/supernet", "digits-micro/supernet"),
+        ("net/", "net"),
+        ("hf-hub:owner/name", "hf-hub:owner/name"),
+    ],
+)
+def test_the_heading_names_a_supernet_without_its_path(supernet, named, finished, tmp_path):
+    folder, facts = finished
+    facts = {**facts, "supernet": supernet, "space": f"that of {supernet}"}
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    (tmp_path / "history.jsonl").write_bytes((folder / "history.jsonl").read_bytes())
+    report(tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines[0] == f"# Search on digits, space that of {named}"
+    assert f"- supernet: {supernet}" in lines
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"best": 3}', "null"])
 def test_a_damaged_results_file_is_named(text, finished, tmp_path):
     (tmp_path / "results.json").write_text(text)

@@ -14,7 +14,7 @@ from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
-from .run import RunError, atomic_write, format_minutes, read_json
+from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
 __all__ = ["report", "results_table", "spearman", "train_command"]
 
@@ -153,10 +153,13 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
+    space, supernet = results["space"], results.get("supernet")
+    if supernet and not supernet.startswith("hf-hub:"):
+        space = space.replace(supernet, short_path(supernet))
     seconds = results["seconds"]
     leak = results.get("leak")
     lines = [
-        f"# Search on {results['dataset']}, space {results['space']}",
+        f"# Search on {results['dataset']}, space {space}",
         "",
         f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored "
         f"with the supernet's weights on {results['val_images']} images"
@@ -219,7 +222,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "## How it was made",
         "",
         f"- command: `{results['command']}`",
-        f"- supernet: {results.get('supernet') or 'trained by this run'}",
+        f"- supernet: {supernet or 'trained by this run'}",
         f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
         f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
         + (", since the run was last continued" if results.get("resumed") else ""),
