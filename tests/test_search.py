@@ -4,7 +4,9 @@ import json
 import types
 
 import numpy as np
+import plain_vit  # noqa: F401 - another family's space
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -17,6 +19,7 @@ from timm_resnas.engine.report import report
 from timm_resnas.engine.run import Deadline, Run, RunError
 from timm_resnas.engine.settings import SearchOptions
 from timm_resnas.engine.supernet import SearchData
+from timm_resnas.hub import save_pretrained
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.space import BudgetError, SearchSpace
@@ -228,6 +231,91 @@ def test_a_leak_is_found_by_content_in_other_files(digits, tmp_path):
     assert not set(content_hashes(digits.train, train)) & set(content_hashes(png.train, kept))
     with pytest.raises(RunError, match="200 of the 350 images"):
         unseen(png, record, "--val-fraction", "0.9", "--val-per-class", "30")
+
+
+# -- a supernet that was trained before -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    """Of micro at 16 px, as it was initialised; a folder."""
+    torch.manual_seed(0)
+    net = timm.create_model(MICRO.supernet, space=MICRO.to_dict())
+    folder = tmp_path_factory.mktemp("net") / "supernet"
+    return save_pretrained(net, folder, label_names=[str(i) for i in range(10)], golden=False)
+
+
+def loaded(supernet, tmp_path, *given):
+    argv = ["--supernet", str(supernet), *given, "--output", str(tmp_path), "--name", "run"]
+    options = resolve(parse(SearchOptions, argv))
+    return job.load_supernet(options, Run(options, ALONE, ""))
+
+
+def written(space, path):
+    path.write_text(json.dumps(space))
+    return str(path)
+
+
+def test_a_space_within_the_supernets_restricts_candidates(supernet, tmp_path):
+    """Two widths of every MLP and the widest embedding: all candidates are of these."""
+    space = MICRO.to_dict()
+    space["model_args"] = {**space["model_args"], "img_size": [32, 32], "num_classes": 7}  # the supernet's are taken
+    for kept in space["num_channels_to_keep"]:
+        if isinstance(kept, list):
+            del kept[1:]
+        elif kept:
+            del kept["mlp"][2:]
+    net, data, _ = loaded(supernet, tmp_path / "within", "--space", written(space, tmp_path / "space.json"))
+    whole = loaded(supernet, tmp_path / "whole")[1]
+    assert (
+        data.config["input_size"] == (3, 16, 16) and data.space.model_args == MICRO.model_args == net.space.model_args
+    )
+    assert whole.space == net.space == MICRO and 1 < data.space.size() < MICRO.size()
+
+    def found(data):
+        archs = job.make_search(parse(SearchOptions, SMALL), data.space, None, IMAGES).ask()
+        layers = [layer for arch in archs for layer in arch.layers(**MICRO.model_args) if layer.kind == "mlp"]
+        shapes = [dict(layer.shape) for layer in layers]
+        return {shape["dim"] for shape in shapes}, {shape["hidden"] for shape in shapes}
+
+    assert found(data) == ({64, 112, 160}, {192, 144, 336, 252, 480, 360})
+    assert found(whole)[0] > {64, 112, 160} and found(whole)[1] > {192, 144, 336, 252, 480, 360}
+    with torch.no_grad():
+        x = torch.randn(2, 3, 16, 16)
+        small = net.eval().extract(data.space.smallest)(x)
+        torch.testing.assert_close(net(x, archs=[data.space.smallest]), small, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--space", "mini"], "--space mini does not fit the supernet"),
+        (["--space", "{wider}"], "wider.json does not fit the supernet"),
+        (["--space", "nowhere"], "unknown search space 'nowhere'; known: "),
+        (["--img-size", "32"], "--img-size [32] is not that of the supernet, (16, 16); leave the option out"),
+        (["--dataset", "imagefolder:{photos}"], "has the 10 classes 0, 1, 2"),
+        (["--space", "plain_vit"], "--space plain_vit does not fit the supernet"),
+    ],
+)
+def test_what_does_not_fit_a_supernet_is_refused(given, message, supernet, tmp_path):
+    wider = MICRO.to_dict()
+    wider["network_def"][1][2] = [64, 256]
+    wider["num_channels_to_keep"][1]["mlp"] = [256, 192]
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("RGB", (16, 16), (9 * k, 0, 0)).save(tmp_path / "photos" / name / f"{k}.png")
+    files = {"wider": written(wider, tmp_path / "wider.json"), "photos": tmp_path / "photos"}
+    with pytest.raises(ValueError) as error:
+        loaded(supernet, tmp_path, *(g.format(**files) for g in given))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plain_network_is_no_supernet(tmp_path):
+    net = timm.create_model("vit_resnas", network_def=MICRO.smallest.to_network_def(), patch_size=4, img_size=16)
+    folder = save_pretrained(net, tmp_path / "best", golden=False)
+    with pytest.raises(RunError, match=rf"^--supernet {folder} is a {type(net).__name__}; expected a supernet, as"):
+        loaded(folder, tmp_path)
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
