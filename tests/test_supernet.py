@@ -566,6 +566,8 @@ def test_errors():
         ))  # fmt: skip
     with pytest.raises(ArchError):
         net.extract("not an architecture")
+    with pytest.raises(TypeError, match=r"^a supernet takes space, .* instead of network_def; vit_resnas takes a"):
+        timm.create_model("vit_resnas_supernet", network_def=space.largest.to_network_def())
     for mode in ("sliced", "masked"):
         headless = perturbed(small_space(PLAIN, num_classes=0))
         with pytest.raises(ValueError, match="several widths need a classifier"):
