@@ -186,7 +186,7 @@ class Evaluator:
                         stopped = {
                             i: estimate
                             for i in left
-                            if (estimate := _below(correct[i], seen, total, at_least)) is not None
+                            if (estimate := below(correct[i], seen, total, at_least)) is not None
                         }
         finally:
             net.set_arch(previous)
@@ -238,7 +238,7 @@ def _checked(record: dict[str, Any], file: Path) -> dict[str, Any]:
     return record
 
 
-def _below(correct: int, images: int, total: int, at_least: int) -> int | None:
+def below(correct: int, images: int, total: int, at_least: int) -> int | None:
     """The estimated score out of ``total``, if it is clear enough that it stays below ``at_least``."""
     share = correct / images
     # of a share seen on part of a finite set
