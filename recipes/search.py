@@ -11,14 +11,16 @@ Three sets of images are kept apart: training, the search's own validation (cut 
 `state/data.json`) and test. Candidates are scored on the validation images with the supernet's weights; the test
 images are used once, for the last table.
 
-A run's folder:
+A run's folder is named by the data, the space, and the options that were changed: runs/digits-micro,
+runs/digits-micro-seed=3-epochs=20. It holds
 
     config.yaml            the options
     supernet/              the trained supernet
     training.jsonl         its accuracy while it trained
     history.jsonl          every candidate: model and args, costs, score (correct answers), generation, origin, seconds
     best/                  timm.create_model('local-dir:<run>/best', pretrained=True)
-    pareto/<k>/            the same for each point of the front of accuracy against MACs, cheapest first
+    pareto/<k>/            the same for each point of the front, cheapest first: accuracy against the cost that the
+                           budget names first (MACs without one)
     results.json, report.md, pareto.png, progress.png, choices.png
     state/                 what continuing after a kill needs
 
@@ -64,7 +66,8 @@ def resolve(options: SearchOptions) -> SearchOptions:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = resolve(parse(SearchOptions, argv, __doc__))
+    asked = parse(SearchOptions, argv, __doc__)
+    options = resolve(asked)
     # torch is imported from here on, so that --help answers at once
     import hashlib
 
@@ -76,23 +79,30 @@ def main(argv: list[str] | None = None) -> None:
     import timm_resnas
     from timm_resnas.engine import search as job
     from timm_resnas.engine.processes import shared_counter, start
-    from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name
+    from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name, run_name, short_path
     from timm_resnas.engine.supernet import prepare, train_supernet
-    from timm_resnas.nas.evaluate import Evaluator
+    from timm_resnas.nas.evaluate import Evaluator, score_unit
     from timm_resnas.nas.latency import LatencyTable
 
     with cli_errors("search.py"):
         clock = Deadline(options.max_minutes)
         accelerator = start(options)
+        parts = [dataset_name(options.dataset)]
+        if options.model is not None:
+            parts.append(short_path(options.model.rpartition(":")[2]).replace("/", "-"))
+        if options.supernet is not None:
+            parts.append(short_path(options.supernet).replace("/", "-"))
+        if options.space is not None:
+            parts.append(Path(options.space).stem)
+        name = run_name(asked, parts, shown=("dataset", "model", "supernet", "space"))
         if options.model is not None:
             from timm_resnas.engine.shrink import shrink
 
-            shrink(options, accelerator, clock)
+            shrink(options, accelerator, clock, name)
             accelerator.end_training()
             return
         job.check_options(options)
-        named = options.space or Path(options.supernet.rstrip("/")).name
-        run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{Path(named).stem}")
+        run = Run(options, accelerator, name)
         note = None
         if options.supernet is None:
             data = prepare(options, run)
@@ -141,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
             gather=gather_object,
             next_index=shared_counter(accelerator),
             dtype={"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.amp],
+            score=options.score,
         )
-        ended = job.run_search(options, search, evaluator, run, clock, len(data.val))
+        ended = job.run_search(options, search, evaluator, run, clock, len(data.val) * score_unit(options.score))
         if ended:
             run.print(ended)
         facts = {
@@ -153,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             "space_dict": space.to_dict(),
             "budget": {"asked": options.budget, **(budget.to_dict() if budget else {})},
             "search": options.search,
+            "score": options.score,
             "parents": options.parents if options.search == "evolution" else None,
             "supernet": options.supernet,
             "leak": note,

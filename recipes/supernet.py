@@ -16,12 +16,12 @@ mixed by cells of the last stage's grid, and a second classifier learns what eac
 The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.
 
-A run's folder holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model`, and
-training_data.json, which tells a later search what it was trained on),
-`training.jsonl` (loss and accuracy of the largest, the smallest and some random
-sub-networks), `training.png` and `state/`. Killed at any moment and started with the same command, a run continues from
-its last checkpoint and ends with the same weights: batches, augmentation, sub-networks, drop path and learning rate
-are functions of the seed and the step. Another number of processes may continue it.
+A run's folder (runs/digits-micro-supernet, or runs/digits-micro-supernet-seed=3-epochs=20 where options were changed)
+holds `config.yaml`, `supernet/` (config.json and model.safetensors, for `timm.create_model`, and training_data.json,
+which tells a later search what it was trained on), `training.jsonl` (loss and accuracy of the largest, the smallest and
+some random sub-networks), `training.png` and `state/`. Killed at any moment and started with the same command, a run
+continues from its last checkpoint and ends with the same weights: batches, augmentation, sub-networks, drop path and
+learning rate are functions of the seed and the step. Another number of processes may continue it.
 
 Errors, each said before anything is trained: an unknown space or dataset, an image size that the total stride does
 not divide, groups that do not divide the batch or the processes, options other than the run was started with. A loss
@@ -40,12 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     options = dataclasses.replace(options, space=options.space or "micro")
     # torch is imported from here on, so that --help answers at once
     from timm_resnas.engine.processes import start
-    from timm_resnas.engine.run import Run, cli_errors, dataset_name
+    from timm_resnas.engine.run import Run, cli_errors, dataset_name, run_name
     from timm_resnas.engine.supernet import prepare, train_supernet
 
     with cli_errors("supernet.py"):
         accelerator = start(options)
-        run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{Path(options.space).stem}-supernet")
+        parts = (dataset_name(options.dataset), Path(options.space).stem, "supernet")
+        run = Run(options, accelerator, run_name(options, parts, shown=("dataset", "space")))
         data = prepare(options, run)
         run.begin()
         train_supernet(options, accelerator, run, data)

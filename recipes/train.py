@@ -19,7 +19,8 @@ Which weights are taken is never decided on test images. With a validation part,
 `--keep` are kept; without (0), it is the last epoch's, averaged ones if there are any. The test images are
 looked at once, when training is over.
 
-A run's folder holds `config.yaml`, `best/` (config.json and model.safetensors, for `timm.create_model`), `kept/`,
+A run's folder (runs/digits-vit_resnas, or runs/digits-vit_resnas-seed=3-epochs=20 where options were changed) holds
+`config.yaml`, `best/` (config.json and model.safetensors, for `timm.create_model`), `kept/`,
 `training.jsonl`, `training.png`, `results.json` and `state/`. Killed at any moment and started with the same command, a
 run continues from its last checkpoint and ends with the same weights: batches, augmentation, mixing, drop path and
 learning rate are functions of the seed and the step. Another number of processes may continue it, unless
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm_resnas.engine import train as job
     from timm_resnas.engine.evaluate import format_scores
     from timm_resnas.engine.processes import start
-    from timm_resnas.engine.run import Run, RunError, cli_errors, dataset_name, read_json
+    from timm_resnas.engine.run import Run, RunError, cli_errors, dataset_name, read_json, run_name
     from timm_resnas.nas.count import count_macs
 
     with cli_errors("train.py"):
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         job.check_options(options, accelerator.num_processes)
         # runs/<name>/best and hub ids: the last part that says something
         parts = [p for p in Path(options.model.partition(":")[2] or options.model).parts if p != "best"]
-        run = Run(options, accelerator, "-".join([dataset_name(options.dataset), *parts[-1:]]))
+        name = run_name(options, [dataset_name(options.dataset), *parts[-1:]], shown=("dataset", "model"))
+        run = Run(options, accelerator, name)
         if run.resumed and (run / "results.json").exists():
             try:
                 scores = format_scores(read_json(run / "results.json")["test"]["best"])

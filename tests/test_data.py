@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import logging
 import random
 import subprocess
@@ -320,10 +321,9 @@ def test_corrupt_images_are_replaced_and_counted(workers, shift, caplog):
         batches = list(loader.epoch(0))
     assert sorted(loader.corrupt) == [3, 4, 10] and caplog.text.count("cannot be read") == 3
     labels = torch.cat([y for _, y in batches]).numpy()
-    order = loader._steps.order(0)
     expected = np.arange(24) % 4
     expected[[3, 4, 10]] = [5 % 4, 5 % 4, 11 % 4]  # the next readable image, with its own label
-    np.testing.assert_array_equal(labels, expected[order])
+    np.testing.assert_array_equal(labels, expected[order_of(24, 0)])
     kept = D.train_loader(broken_set(), transform, 8, max_corrupt=0.2)
     for (x, y), (x2, y2) in zip(batches, kept.epoch(0), strict=True):
         assert torch.equal(x, x2) and torch.equal(y, y2)
@@ -492,7 +492,7 @@ def test_shift_moves_whole_images(digits):
     still = D.train_transform(CFG, shift=3, no_aug=True)
     loader = D.train_loader(digits.train.select(range(8)), still, 8)
     x, _ = next(loader.epoch(0))
-    expected = D.eval_batches(digits.train.select(loader._steps.order(0)), D.eval_transform(CFG), 8).images
+    expected = D.eval_batches(digits.train.select(order_of(8, 0)), D.eval_transform(CFG), 8).images
     assert torch.equal(x, expected)
 
 
@@ -554,6 +554,11 @@ AUGMENTS = {
 }
 
 
+def order_of(size, epoch, seed=0):
+    """The order of an epoch, written out."""
+    return np.random.RandomState([seed, 0, epoch]).permutation(size)
+
+
 def same(batches, others):
     batches, others = list(batches), list(others)
     assert len(batches) == len(others) > 0
@@ -587,7 +592,7 @@ def test_batches_depend_on_seed_and_epoch_only(few, augment):
     # the last step for accelerators, normalising there, gives the same
     if transform.erasing is None:
         late = loaders._Samples(loader._samples.images, transform, 1, late=True, cache_limit=1 << 30)
-        x, y, _ = late.__getitems__(_epoch_keys(loader, 2)[0])
+        x, y, _ = late.__getitems__([(2, i) for i in order_of(70, 2, seed=1)[:16]])
         assert x.dtype == torch.uint8 and same([(transform.normalize(x), y)], reference[:1])
 
 
@@ -613,15 +618,12 @@ def test_augmentation_differs_between_images_and_epochs():
 
 
 def test_each_epoch_is_a_permutation(few):
-    loader = D.train_loader(few, D.train_transform(CFG, shift=0), 10, seed=5)
-    orders = [[i for batch in _epoch_keys(loader, e) for _, i in batch] for e in range(3)]
-    assert all(sorted(o) == list(range(70)) for o in orders)
-    assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(70))
-
-
-def _epoch_keys(loader, epoch):
-    loader._steps.epoch, loader._steps.skip = epoch, 0
-    return list(loader._steps)
+    loader = D.train_loader(few, D.train_transform(CFG, shift=0, hflip=0.0), 10, seed=5)
+    images = D.eval_batches(few, D.eval_transform(CFG)).images
+    epochs = [torch.cat([x for x, _ in loader.epoch(e)]) for e in range(3)]
+    for epoch, found in enumerate(epochs):
+        assert torch.equal(found, images[order_of(70, epoch, seed=5)])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([images, *epochs], 2))
 
 
 def test_global_generators_are_left_alone(few):

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import timm_resnas.nas.evaluate as module
-from timm_resnas.nas.evaluate import Evaluator, _below, count_correct
+from timm_resnas.nas.evaluate import Evaluator, below, count_correct
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl
 
 
@@ -120,7 +120,7 @@ class Team:
 
 
 def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
-    """One of three waits in its first candidate until the others have done all the rest."""
+    """One of three waits after its first candidate until the others have done all the rest."""
     team = Team(3)
     rest, begun = threading.Semaphore(0), threading.Event()
     append_jsonl(
@@ -140,20 +140,17 @@ def test_a_slow_process_holds_none_up(net, batches, archs, truth, tmp_path):
             gather=team.gather,
             next_index=team.next_index,
         )
-        original = evaluator._count
 
-        def count(chunk, at_least):
-            if rank == 0:
-                begun.set()
-                for _ in range(7):
-                    assert rest.acquire(timeout=60)
-            else:
-                assert begun.wait(timeout=60)
+        def report(count):
+            if rank:
                 rest.release()
-            return original(chunk, at_least)
+                return
+            begun.set()
+            for _ in range(7):
+                assert rest.acquire(timeout=60)
 
-        evaluator._count = count
-        return evaluator.score(archs), evaluator.num_computed
+        assert rank == 0 or begun.wait(timeout=60)
+        return evaluator.score(archs, report), evaluator.num_computed
 
     results = team.run(work)
     assert [r[0] for r in results] == [truth] * 3
@@ -168,18 +165,18 @@ def test_several_processes_need_a_counter(net, batches):
 
 def test_prescreen_by_hand():
     # 10 of 100 seen, 50 needed of 200: the estimate 20 and twice its error of 2.1 % (4.2 images) stay below
-    assert _below(10, 100, 200, at_least=50) == 20
-    assert _below(24, 100, 200, at_least=50) is None
+    assert below(10, 100, 200, at_least=50) == 20
+    assert below(24, 100, 200, at_least=50) is None
     # sqrt(.24 * .76 / 100 * 100 / 199) = 3.03 %: 48 + 2 * 6.05 = 60.1
-    assert _below(24, 100, 200, at_least=61) == 48 and _below(24, 100, 200, at_least=60) is None
-    assert _below(0, 5, 200, at_least=1) == 0
+    assert below(24, 100, 200, at_least=61) == 48 and below(24, 100, 200, at_least=60) is None
+    assert below(0, 5, 200, at_least=1) == 0
 
 
 def test_prescreen_stops_what_cannot_be_a_parent_and_nothing_else(net, batches, archs, truth, tmp_path):
     look, rest = batches[:1], batches[1:]
     seen = [count_correct(net.extract(a).eval(), look)[0] for a in archs]
     at_least = max(truth) + 4
-    expected = [_below(s, 12, 36, at_least) for s in seen]
+    expected = [below(s, 12, 36, at_least) for s in seen]
     assert None in expected and any(e is not None for e in expected)
 
     def make():

@@ -3,8 +3,12 @@
 import io
 import logging
 import os
+import random
 import struct
+import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,9 +104,8 @@ def test_hidden_colours_never_reach_a_model():
     config = dict(input_size=[3, 16, 16], mean=[0.0] * 3, std=[1.0] * 3, crop_pct=1.0)
     for extra, value in (({}, 1.0), ({"background": "red"}, torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1))):
         shown = D.eval_batches(data, D.eval_transform({**config, **extra})).images
-        trained = D.train_loader(data, D.train_transform({**config, **extra}, no_aug=True), 4)
-        order = trained._steps.order(0)
-        assert torch.equal(next(trained.epoch(0))[0], shown[order])
+        ((trained, _),) = D.train_loader(data, D.train_transform({**config, **extra}, no_aug=True), 4).epoch(0)
+        assert {x.numpy().tobytes() for x in trained} == {x.numpy().tobytes() for x in shown}
         assert (shown[0, :, :, :4] == 0).all() and (shown[0, :, :, 4:] == value).all()
 
 
@@ -268,3 +271,32 @@ def test_a_large_image_is_opened_without_a_warning(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(Image.DecompressionBombError):
         decode(item)
+
+
+def test_a_large_image_is_cropped_without_a_warning(monkeypatch):
+    image = noise(0, size=(40, 30))
+    config = dict(input_size=[3, 16, 16], mean=[0.0] * 3, std=[1.0] * 3)
+    transform = D.train_transform(config, scale=(0.9, 1.0), hflip=0.0, color_jitter=None)
+
+    def crop(image):
+        random.seed(0)
+        return transform(image)
+
+    whole, halved = crop(image), crop(image.reduce(2))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert torch.equal(crop(image), halved)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert torch.equal(crop(image), whole) and not torch.equal(whole, halved)
+
+
+def test_large_images_are_opened_by_several_threads(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    large = item(saved(noise(0, size=(40, 30))))
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(lambda _: decode(large).size, range(2000)))  # raises what a thread raised
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(sizes) == {(40, 30)} and warnings.filters == before

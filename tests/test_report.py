@@ -16,9 +16,11 @@ def point(macs, score):
 
 def test_points_that_a_user_would_tell_apart():
     front = [point(100, 5), point(101, 6), point(101.9, 7), point(140, 8), point(143, 9)]
-    assert distinct_points(front) == [point(101.9, 7), point(140, 8), point(143, 9)]
-    assert distinct_points([point(100, 5), point(103, 6)]) == [point(100, 5), point(103, 6)]
-    assert distinct_points([]) == []
+    assert distinct_points(front, "macs") == [point(101.9, 7), point(140, 8), point(143, 9)]
+    assert distinct_points([point(100, 5), point(103, 6)], "macs") == [point(100, 5), point(103, 6)]
+    assert distinct_points([], "macs") == []
+    far = [{**p, "params": 2**k} for k, p in enumerate(front)]
+    assert distinct_points(far, "params") == far
 
 
 def record(epoch, largest):

@@ -15,11 +15,21 @@ import torch
 from recipe_server import ROOT, Recipe, wait_until
 from torch import nn
 
+from recipes import search, supernet
 from recipes import train as recipe
 from timm_resnas.engine.checkpoints import Checkpoints, check_weights
-from timm_resnas.engine.options import option
-from timm_resnas.engine.run import Deadline, Run, RunError, atomic_write, cli_errors, dataset_name, read_json
-from timm_resnas.engine.settings import RunOptions
+from timm_resnas.engine.options import option, parse
+from timm_resnas.engine.run import (
+    Deadline,
+    Run,
+    RunError,
+    atomic_write,
+    cli_errors,
+    dataset_name,
+    read_json,
+    run_name,
+)
+from timm_resnas.engine.settings import RunOptions, SearchOptions
 
 ALONE = types.SimpleNamespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)
 
@@ -136,6 +146,69 @@ def test_names():
     assert [dataset_name(d) for d in ("digits", "imagefolder:/a/photos", "hf:owner/set")] == [
         *("digits", "imagefolder-photos", "hf-set")
     ]
+
+
+TINY = str(ROOT / "recipes" / "configs" / "vit_resnas_tiny_supernet.yaml")
+SMALL = str(ROOT / "recipes" / "configs" / "vit_resnas_small.yaml")
+
+
+@pytest.mark.parametrize(
+    "program, argv, name",
+    [
+        (search, "", "digits-micro"),
+        (search, "--epochs 12 --threads 3 --max-minutes 5 --workers 2", "digits-micro"),  # a default, free ones
+        (search, "--epochs 20 --seed 3", "digits-micro-seed=3-epochs=20"),
+        (search, "--seed 3 --epochs 20", "digits-micro-seed=3-epochs=20"),
+        (search, "--budget macs=40%,params=2M", "digits-micro-budget=macs40pct+params2M"),
+        (search, "--lr 2e-3 --min-lr 1e-6 --img-size 28 32", "digits-micro-img_size=28+32-min_lr=1e-06"),
+        (search, "--clip-grad 1 --no-sync-bn --dataset hf:a/b", "hf-b-micro-clip_grad=1-sync_bn=false"),
+        (search, "--supernet runs/mine/supernet/ --search random", "digits-mine-supernet-search=random"),
+        (search, "--supernet hf-hub:owner/net --space a/b.json", "digits-owner-net-b"),
+        (supernet, "--sampler sandwich", "digits-micro-supernet-sampler=sandwich"),
+        (supernet, f"--config {TINY} --dataset imagefolder:i", "imagefolder-i-vit_resnas_tiny-supernet"),
+        (supernet, f"--config {TINY} --epochs 120 --lr 0.002", "digits-vit_resnas_tiny-supernet-lr=0.002"),
+        (recipe, "", "digits-vit_resnas"),
+        (recipe, "--seed 3", "digits-vit_resnas-seed=3"),
+        (recipe, "--model runs/digits-micro/best --pretrained", "digits-digits-micro-pretrained=true"),
+        (recipe, f"--config {SMALL} --dataset digits --val-per-class 25", "digits-vit_resnas_small-val_per_class=25"),
+        (recipe, f"--config {SMALL} --dataset digits --model cait_xs24_224", "digits-cait_xs24_224-vit_resnas_small"),
+    ],
+)  # fmt: skip
+def test_a_run_is_named_after_what_was_changed(program, argv, name, tmp_path, capsys):
+    """Each recipe looks for its run in that folder: the error names what is damaged there."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").write_text("damaged")
+    with pytest.raises(SystemExit):
+        program.main(["--cpu", *argv.split(), "--output", str(tmp_path)])
+    assert f"{tmp_path / name / 'config.yaml'} is damaged" in capsys.readouterr().err
+
+
+def named(*argv):
+    return run_name(parse(SearchOptions, list(argv)), ("digits", "micro"), shown=("dataset",))
+
+
+def test_names_that_do_not_show_all_end_with_a_digest():
+    tables = [named("--latency-table", table) for table in ("a/b.json", "a_b.json", "a:b.json")]
+    assert tables[1] == "digits-micro-latency_table=a_b.json" and len(set(tables)) == 3
+    for table in (tables[0], tables[2]):
+        assert re.fullmatch(r"digits-micro-latency_table=a_b\.json-[0-9a-f]{8}", table)
+    names = ("seed", "epochs", "batch-size", "num-archs", "population", "iterations", "parents")
+    many = [f"--{name}=77" for name in names]
+    long = [named(*many, "--mutations", n) for n in "123"]
+    assert long[0].startswith("digits-micro-seed=77-epochs=77-batch_size=77-num_archs=77-")
+    assert len(set(long)) == 3 and {len(n) for n in long} == {100} and long[0] == named(*many, "--mutations", "1")
+
+
+def test_a_run_is_named_after_its_configuration(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 5\nworkers: 2\n")
+    assert named("--config", str(file)) == "digits-micro-mine"
+    assert named("--config", str(file), "--epochs", "12") == "digits-micro-mine-epochs=12"
+    kept = tmp_path / "digits-micro-seed=3" / "config.yaml"  # a run's own continues it
+    kept.parent.mkdir()
+    kept.write_text("seed: 3\n")
+    assert named("--config", str(kept)) == "digits-micro-seed=3"
+    assert named("--config", str(kept), "--epochs", "7") == "digits-micro-seed=3-epochs=7"
 
 
 def test_a_deadline(monkeypatch):

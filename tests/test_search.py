@@ -4,19 +4,24 @@ import json
 import types
 
 import numpy as np
+import plain_vit  # noqa: F401 - another family's space
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from recipes.search import resolve
 from timm_resnas.data import content_hashes, load_splits, training_record
+from timm_resnas.engine import plots
 from timm_resnas.engine import search as job
 from timm_resnas.engine.options import parse
 from timm_resnas.engine.report import report
 from timm_resnas.engine.run import Deadline, Run, RunError
 from timm_resnas.engine.settings import SearchOptions
 from timm_resnas.engine.supernet import SearchData
-from timm_resnas.nas.jsonl import read_jsonl
+from timm_resnas.hub import save_pretrained
+from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.space import BudgetError, SearchSpace
 
 MICRO = SearchSpace.preset("micro", img_size=16)
@@ -153,8 +158,17 @@ def test_the_best_under_a_latency_budget_is_measured(tmp_path, monkeypatch, caps
 
 def test_the_front_of_records():
     points = [(5, 10), (3, 10), (9, 40), (3, 4), (7, 39), (1, 2), (9, 41)]
-    records = [{"macs": m, "score": s, "key": str(i)} for i, (m, s) in enumerate(points)]
-    assert [(r["macs"], r["score"]) for r in job.front(records)] == [(1, 2), (3, 10), (7, 39), (9, 41)]
+    records = [{"macs": m, "params": -m, "score": s, "key": str(i)} for i, (m, s) in enumerate(points)]
+    assert [(r["macs"], r["score"]) for r in job.front(records, "macs")] == [(1, 2), (3, 10), (7, 39), (9, 41)]
+    assert [(r["params"], r["score"]) for r in job.front(records, "params")] == [(-9, 41)]
+
+
+def test_the_cost_of_the_front():
+    """The budget's first; of mini, memory is the same for all networks."""
+    assert job.front_cost(None, MICRO) == "macs"
+    assert job.front_cost(Budget(params=10**6, macs=10**7), MICRO) == "params"
+    assert job.front_cost(Budget(memory=10**7, params=10**6), SearchSpace.preset("mini")) == "params"
+    assert job.front_cost(Budget(memory=10**7), SearchSpace.preset("mini")) == "macs"
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -219,6 +233,91 @@ def test_a_leak_is_found_by_content_in_other_files(digits, tmp_path):
         unseen(png, record, "--val-fraction", "0.9", "--val-per-class", "30")
 
 
+# -- a supernet that was trained before -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    """Of micro at 16 px, as it was initialised; a folder."""
+    torch.manual_seed(0)
+    net = timm.create_model(MICRO.supernet, space=MICRO.to_dict())
+    folder = tmp_path_factory.mktemp("net") / "supernet"
+    return save_pretrained(net, folder, label_names=[str(i) for i in range(10)], golden=False)
+
+
+def loaded(supernet, tmp_path, *given):
+    argv = ["--supernet", str(supernet), *given, "--output", str(tmp_path), "--name", "run"]
+    options = resolve(parse(SearchOptions, argv))
+    return job.load_supernet(options, Run(options, ALONE, ""))
+
+
+def written(space, path):
+    path.write_text(json.dumps(space))
+    return str(path)
+
+
+def test_a_space_within_the_supernets_restricts_candidates(supernet, tmp_path):
+    """Two widths of every MLP and the widest embedding: all candidates are of these."""
+    space = MICRO.to_dict()
+    space["model_args"] = {**space["model_args"], "img_size": [32, 32], "num_classes": 7}  # the supernet's are taken
+    for kept in space["num_channels_to_keep"]:
+        if isinstance(kept, list):
+            del kept[1:]
+        elif kept:
+            del kept["mlp"][2:]
+    net, data, _ = loaded(supernet, tmp_path / "within", "--space", written(space, tmp_path / "space.json"))
+    whole = loaded(supernet, tmp_path / "whole")[1]
+    assert (
+        data.config["input_size"] == (3, 16, 16) and data.space.model_args == MICRO.model_args == net.space.model_args
+    )
+    assert whole.space == net.space == MICRO and 1 < data.space.size() < MICRO.size()
+
+    def found(data):
+        archs = job.make_search(parse(SearchOptions, SMALL), data.space, None, IMAGES).ask()
+        layers = [layer for arch in archs for layer in arch.layers(**MICRO.model_args) if layer.kind == "mlp"]
+        shapes = [dict(layer.shape) for layer in layers]
+        return {shape["dim"] for shape in shapes}, {shape["hidden"] for shape in shapes}
+
+    assert found(data) == ({64, 112, 160}, {192, 144, 336, 252, 480, 360})
+    assert found(whole)[0] > {64, 112, 160} and found(whole)[1] > {192, 144, 336, 252, 480, 360}
+    with torch.no_grad():
+        x = torch.randn(2, 3, 16, 16)
+        small = net.eval().extract(data.space.smallest)(x)
+        torch.testing.assert_close(net(x, archs=[data.space.smallest]), small, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--space", "mini"], "--space mini does not fit the supernet"),
+        (["--space", "{wider}"], "wider.json does not fit the supernet"),
+        (["--space", "nowhere"], "unknown search space 'nowhere'; known: "),
+        (["--img-size", "32"], "--img-size [32] is not that of the supernet, (16, 16); leave the option out"),
+        (["--dataset", "imagefolder:{photos}"], "has the 10 classes 0, 1, 2"),
+        (["--space", "plain_vit"], "--space plain_vit does not fit the supernet"),
+    ],
+)
+def test_what_does_not_fit_a_supernet_is_refused(given, message, supernet, tmp_path):
+    wider = MICRO.to_dict()
+    wider["network_def"][1][2] = [64, 256]
+    wider["num_channels_to_keep"][1]["mlp"] = [256, 192]
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("RGB", (16, 16), (9 * k, 0, 0)).save(tmp_path / "photos" / name / f"{k}.png")
+    files = {"wider": written(wider, tmp_path / "wider.json"), "photos": tmp_path / "photos"}
+    with pytest.raises(ValueError) as error:
+        loaded(supernet, tmp_path, *(g.format(**files) for g in given))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plain_network_is_no_supernet(tmp_path):
+    net = timm.create_model("vit_resnas", network_def=MICRO.smallest.to_network_def(), patch_size=4, img_size=16)
+    folder = save_pretrained(net, tmp_path / "best", golden=False)
+    with pytest.raises(RunError, match=rf"^--supernet {folder} is a {type(net).__name__}; expected a supernet, as"):
+        loaded(folder, tmp_path)
+
+
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,11 +352,46 @@ def test_a_report(finished):
     folder, facts = finished
     table = report(folder)
     text = (folder / "report.md").read_text()
+    assert "Front of accuracy against MACs" in text and "| folder | MACs | params | memory | validation |" in text
     assert table in text and f"| {310 / 360:.4f} " in table and "mean of 5 random" in table
     assert "ended after 1 of 3 generations" in text and "that were not trained on" in text and "Leak" not in text
     for name in ("pareto.png", "progress.png", "choices.png"):
         with Image.open(folder / name) as image:
             assert image.size[0] > 500
+
+
+@pytest.mark.parametrize(
+    "cost, columns, axis",
+    [
+        ("params", ["params", "MACs", "memory", "latency"], "M parameters"),
+        ("latency_ms", ["latency", "MACs", "params", "memory"], "latency in ms"),
+        ("memory", ["memory", "MACs", "params", "latency"], "kB of memory"),
+    ],
+)
+def test_a_report_shows_the_cost_of_the_front(cost, columns, axis, finished, tmp_path, monkeypatch):
+    """The table's first column and the picture's axis: what is drawn there is taken from the picture."""
+    folder, facts = finished
+    facts = json.loads(json.dumps({**facts, "objectives": [cost]}))
+    history = read_jsonl(folder / "history.jsonl")
+    parts = [facts["best"], facts["largest"], *facts["random"], *facts["spread"], *facts["front"], *history]
+    for record in parts:
+        record["latency_ms"] = record["macs"] / 1e6
+    write_jsonl(tmp_path / "history.jsonl", history)
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.name: figure}))
+    table = report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        f"## Front of accuracy against {columns[0]}\n" in text and f"![score against {columns[0]}](pareto.png)" in text
+    )
+    assert "| folder | " + " | ".join(columns) + " | validation |" in text
+    assert table.splitlines()[0].split("|")[2].strip() == columns[0]
+    (axes,) = drawn["pareto.png"].axes
+    assert axes.get_xlabel() == axis
+    (line,) = axes.get_lines()
+    scale = {"params": 1e6, "latency_ms": 1, "memory": 1e3}[cost]
+    assert line.get_xdata() == pytest.approx([facts["front"][0][cost] / scale])
 
 
 def test_a_report_tells_of_leaks_and_prescreening(finished, tmp_path):
@@ -270,6 +404,25 @@ def test_a_report_tells_of_leaks_and_prescreening(finished, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "**Leak:** 3 of the 400 images" in text and "that were not trained on" not in text
     assert "stopped 7 candidates and saved 25% of the images" in text and "1 of the 5 closest" in text
+
+
+@pytest.mark.parametrize(
+    "supernet, named",
+    [
+        ("/home/someone/runs/digits-micro/supernet", "digits-micro/supernet"),
+        ("net/", "net"),
+        ("hf-hub:owner/name", "hf-hub:owner/name"),
+    ],
+)
+def test_the_heading_names_a_supernet_without_its_path(supernet, named, finished, tmp_path):
+    folder, facts = finished
+    facts = {**facts, "supernet": supernet, "space": f"that of {supernet}"}
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    (tmp_path / "history.jsonl").write_bytes((folder / "history.jsonl").read_bytes())
+    report(tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines[0] == f"# Search on digits, space that of {named}"
+    assert f"- supernet: {supernet}" in lines
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"best": 3}', "null"])

@@ -15,6 +15,7 @@ from recipe_server import ROOT, Recipe, parts, wait_until
 from safetensors.torch import load_file, save_file
 
 from recipes import search as recipe
+from timm_resnas.nas.cost import format_cost
 from timm_resnas.nas.evolution import rank_key
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -132,12 +133,17 @@ def test_running_again_scores_nothing(finished, capsys):
 
 def test_search_on_a_folder_of_photographs(photos, tmp_path, capsys):
     options = ["--dataset", f"imagefolder:{photos}", "--batch-size", "16", "--iterations", "2"]
-    folder = run(tmp_path, *options, "--budget", "macs=40%,params=1M")
+    folder = run(tmp_path, *options, "--budget", "params=1M,macs=60%")
     results = results_of(folder)
     assert results["val_images"] == 37 and results["test_images"] == 27
     config = json.loads((folder / "best" / "config.json").read_text())
     assert config["label_names"] == [f"class_{c}" for c in range(5)] and config["num_classes"] == 5
-    assert all(r["params"] <= 1_000_000 for r in read_jsonl(folder / "history.jsonl"))
+    history = read_jsonl(folder / "history.jsonl")
+    assert all(975_000 <= r["params"] <= 1_000_000 and r["macs"] <= results["budget"]["macs"] for r in history)
+    params = [p["params"] for p in results["front"]]  # what the budget names first
+    assert results["objectives"] == ["params"] and params == sorted(set(params))
+    rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| pareto/")]
+    assert [row.split(" | ")[1] for row in rows] == [format_cost("params", p) for p in params]
     assert "5 classes" in capsys.readouterr().out
 
 

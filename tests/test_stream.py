@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from timm_resnas import data as D
-from timm_resnas.data.stream import _default_lanes
+from timm_resnas.data.stream import default_shards
 
 pytestmark = pytest.mark.oldest
 
@@ -90,23 +90,23 @@ def equal(one, other):
 # -- order ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lanes", "buffer_size"), [(None, 36), (1, 7), (2, 50), (3, 4096), (6, 6)])
-def test_order(even, lanes, buffer_size):
-    """The order, written out: files are dealt to lanes, and a lane's blocks shuffled."""
-    made = loader(even, lanes=lanes, buffer_size=buffer_size)
+@pytest.mark.parametrize(("num_shards", "buffer_size"), [(None, 36), (1, 7), (2, 50), (3, 4096), (6, 6)])
+def test_order(even, num_shards, buffer_size):
+    """The order, written out: files are dealt to shards, and a shard's blocks shuffled."""
+    made = loader(even, num_shards=num_shards, buffer_size=buffer_size)
     assert len(made) == 5
-    lanes = lanes or 1
+    num_shards = num_shards or 1
     for epoch in (0, 4):
-        shards = np.random.RandomState([3, 0, epoch]).permutation(6)
+        files = np.random.RandomState([3, 0, epoch]).permutation(6)
         queues = []
-        for lane in range(lanes):
-            rows, queue = [20 * s + i for s in shards[lane::lanes] for i in range(20)], []
-            for number, start in enumerate(range(0, len(rows), buffer_size // lanes)):
-                block = rows[start : start + buffer_size // lanes]
-                order = np.random.RandomState([3, 0, epoch, lane, number]).permutation(len(block))
+        for shard in range(num_shards):
+            rows, queue = [20 * s + i for s in files[shard::num_shards] for i in range(20)], []
+            for number, start in enumerate(range(0, len(rows), buffer_size // num_shards)):
+                block = rows[start : start + buffer_size // num_shards]
+                order = np.random.RandomState([3, 0, epoch, shard, number]).permutation(len(block))
                 queue += [block[i] for i in order]
             queues.append(queue)
-        each = 24 // lanes
+        each = 24 // num_shards
         wanted = [[v for q in queues for v in q[step * each : (step + 1) * each]] for step in range(5)]
         assert values(made.epoch(epoch)) == wanted
         assert sorted(sum(wanted, [])) == list(range(120))  # each image once
@@ -115,15 +115,15 @@ def test_order(even, lanes, buffer_size):
 
 def test_resume_workers_and_processes(even):
     """Augmented images are the same after any skip, with any workers, in any number of processes."""
-    whole = list(loader(even, augment=True, lanes=6).epoch(2))
-    assert not equal(whole, loader(even, augment=True, lanes=6).epoch(1)) and len(whole) == 5
+    whole = list(loader(even, augment=True, num_shards=6).epoch(2))
+    assert not equal(whole, loader(even, augment=True, num_shards=6).epoch(1)) and len(whole) == 5
     for skip in range(6):
-        assert equal(whole[skip:], loader(even, augment=True, lanes=6).epoch(2, skip))
-    working = loader(even, augment=True, lanes=6, num_workers=2)
+        assert equal(whole[skip:], loader(even, augment=True, num_shards=6).epoch(2, skip))
+    working = loader(even, augment=True, num_shards=6, num_workers=2)
     list(working.epoch(0))
     assert equal(whole, working.epoch(2)) and equal(whole[3:], working.epoch(2, 3))
     for world in (2, 3, 6):
-        ranks = [loader(even, augment=True, lanes=6, rank=r, world=world).epoch(2) for r in range(world)]
+        ranks = [loader(even, augment=True, num_shards=6, rank=r, world=world).epoch(2) for r in range(world)]
         together = [
             tuple(torch.cat(parts) for parts in zip(*batches, strict=True)) for batches in zip(*ranks, strict=True)
         ]
@@ -139,30 +139,28 @@ def test_a_process_reads_only_its_files(even, monkeypatch):
 
     monkeypatch.setattr(datasets.IterableDataset, "shard", note)
     for rank in range(3):
-        list(loader(even, lanes=6, rank=rank, world=3).epoch(0))
+        list(loader(even, num_shards=6, rank=rank, world=3).epoch(0))
     assert sorted(read) == list(range(6))
 
 
 def test_files_of_different_sizes(tmp_path):
-    """A short lane starts again, a long one is cut; over the epochs all images are seen."""
+    """A short shard starts again, a long one is cut; over the epochs all images are seen."""
     stream = open_stream(write(tmp_path, "train", [5, 15, 40, 20]))
-    made = loader(stream, 16, lanes=2, num_images=80, buffer_size=8)
+    made = loader(stream, 16, num_shards=2, num_images=80, buffer_size=8)
     seen = set()
     for epoch in range(12):
         batches = values(made.epoch(epoch))
         assert [len(b) for b in batches] == [16] * 5
         assert equal(list(made.epoch(epoch))[4:], made.epoch(epoch, 4))
-        for part in (slice(0, 8), slice(8, 16)):  # a lane's images come equally often, but for the last pass
+        for part in (slice(0, 8), slice(8, 16)):  # a shard's images come equally often, but for the last pass
             times = np.unique([v for b in batches for v in b[part]], return_counts=True)[1]
             assert times.max() - times.min() <= 1
         seen.update(sum(batches, []))
     assert seen == set(range(80))
 
 
-def test_default_lanes():
-    found = [
-        _default_lanes(batch, shards) for batch, shards in ((64, 1), (64, 7), (64, 8), (64, 300), (60, 300), (7, 9))
-    ]
+def test_default_shards():
+    found = [default_shards(batch, files) for batch, files in ((64, 1), (64, 7), (64, 8), (64, 300), (60, 300), (7, 9))]
     assert found == [1, 1, 2, 16, 15, 1]
 
 
@@ -220,12 +218,12 @@ def test_images_without_a_label(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=25, lanes=6), "25 is not a positive multiple of the 6 lanes"),
-        (dict(lanes=7), "lanes must lie between 1 and the stream's 6 shards, got 7"),
-        (dict(world=4, lanes=6), "4 processes cannot share 6 lanes of a stream with 6 shards .* a multiple of 4"),
-        (dict(world=2, rank=2, lanes=6), "rank must lie between 0 and 1, got 2"),
+        (dict(batch_size=25, num_shards=6), "25 is not a positive multiple of the 6 shards"),
+        (dict(num_shards=7), r"num_shards \(--stream-shards\) must lie between 1 and the stream's 6 files, got 7"),
+        (dict(world=4, num_shards=6), "4 processes cannot share 6 shards of a stream with 6 files .* a multiple of 4"),
+        (dict(world=2, rank=2, num_shards=6), "rank must lie between 0 and 1, got 2"),
         (dict(num_images=20), "a batch of 24 is larger than the 20 training images"),
-        (dict(buffer_size=3, lanes=6), "buffer_size must be at least the number of lanes, 6; got 3"),
+        (dict(buffer_size=3, num_shards=6), "buffer_size must be at least num_shards, 6; got 3"),
         (dict(seed=-1), "seed must lie between 0"),
     ],
 )

@@ -209,7 +209,7 @@ def test_float32(merge_rows, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["sliced", "masked"])
 def test_blocks_that_no_group_uses(mode):
-    """Every parameter gets a gradient, the patch head too while labels are off."""
+    """Every parameter gets a gradient, also the patch head while labels are off."""
     space = small_space(PLAIN, patch_head=True)
     net = perturbed(space).train()
     archs = [space.smallest] * 3
@@ -270,7 +270,7 @@ def test_drop_path_leaves_out_branches_of_single_images(branch):
 def test_one_architecture_and_avg_pooling():
     space = small_space(PLAIN)
     net = perturbed(space).train()
-    net._set_global_pool("avg")
+    net.reset_classifier(net.num_classes, "avg")
     archs = twins(space)[1:2]
     x = images(net, 2)
     wanted = run_alone(net, x, archs)
@@ -566,6 +566,8 @@ def test_errors():
         ))  # fmt: skip
     with pytest.raises(ArchError):
         net.extract("not an architecture")
+    with pytest.raises(TypeError, match=r"^a supernet takes space, .* instead of network_def; vit_resnas takes a"):
+        timm.create_model("vit_resnas_supernet", network_def=space.largest.to_network_def())
     for mode in ("sliced", "masked"):
         headless = perturbed(small_space(PLAIN, num_classes=0))
         with pytest.raises(ValueError, match="several widths need a classifier"):

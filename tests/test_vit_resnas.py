@@ -61,9 +61,11 @@ def test_released_outputs(released):
     if "patch_embed_out" in tensors:
         first = slice(1), slice(8)  # what is kept: tokens of the first image
         assert_close(net.patch_embed(tensors["input"])[first], tensors["patch_embed_out"], atol=1e-4, rtol=0)
-        x = net._embed(tensors["input"])
-        for i, block in enumerate(net.blocks):
-            x = block(x)
+        outputs = []
+        hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in net.blocks]
+        net.forward_features(tensors["input"])
+        for i, (hook, x) in enumerate(zip(hooks, outputs, strict=True)):
+            hook.remove()
             assert_close(x[first], tensors[f"block_out/{i}"], atol=1e-4, rtol=0)
 
     if meta["distill_token"]:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import struct
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -38,6 +39,34 @@ _UPRIGHT = {
 
 class DataError(ValueError):
     """Data that cannot be used as asked; the message says what was wrong and what would be right."""
+
+
+class _Quiet:
+    """Ignores warnings from the first thread that enters to the last one that leaves.
+
+    Filters belong to the process: were each thread to set and restore them, one that leaves would switch on the
+    warnings of the others, and the last might leave all of them off for good.
+    """
+
+    def __init__(self):
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(*error)
+
+
+quiet = _Quiet()  # Pillow's: on odd metadata (what matters is whether the pixels come), and as `_open` says
 
 
 def require(module: str):
@@ -137,10 +166,7 @@ def open_image(item: dict | None) -> Image.Image:
 
 
 def _open(source: str | BytesIO) -> Image.Image:
-    with (
-        warnings.catch_warnings()
-    ):  # an image of 90 to 179 million pixels is large, not an attack; above, Pillow refuses
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with quiet:  # an image of 90 to 179 million pixels is large, not an attack; above, Pillow refuses
         return Image.open(source)
 
 
@@ -246,8 +272,7 @@ class Images(torch.utils.data.Dataset):
         if self._cache is not None:
             return [self._cache[i] for i in indices]
         items = self._raw[[int(i) for i in indices]]["image"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata; what matters is whether the pixels come
+        with quiet:
             return [self._decode(int(i), item) for i, item in zip(indices, items, strict=True)]
 
     def readable(self, index: int) -> tuple[Image.Image, int]:
@@ -308,8 +333,7 @@ class Images(torch.utils.data.Dataset):
     def _decode_all(self, limit: int) -> list[Image.Image | None] | None:
         threads = (os.cpu_count() or 1) if self._mean_pixels > 128**2 else 1  # below, the GIL eats the gain
         out, used = [], 0
-        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in `pil`
+        with quiet, ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(self), 256):
                 indices = range(start, min(start + 256, len(self)))
                 items = self._raw[list(indices)]["image"]

@@ -171,7 +171,14 @@ def train_transform(
         auto_augment=auto_augment,
         **kwargs,
     )
+    transform.transforms.insert(0, _croppable)
     return ImageTransform(data_config, transform, erasing)
+
+
+def _croppable(image: Image.Image) -> Image.Image:
+    """Halves the sides of an image that is so large (90 to 179 million pixels) that Pillow warns at a crop of it."""
+    limit = Image.MAX_IMAGE_PIXELS
+    return image.reduce(2) if limit and image.width * image.height > limit else image
 
 
 def _factory(data_config: dict, **kwargs):

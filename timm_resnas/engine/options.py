@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from .launcher import fail
 
-__all__ = ["fixed_options", "option", "parse"]
+__all__ = ["changed_options", "fixed_options", "option", "parse"]
 
 T = TypeVar("T")
 
@@ -96,6 +96,12 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, doc: str = "", **defa
 def fixed_options(options: Any) -> dict[str, Any]:
     """The options that decide results: a run is continued with the same values only."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if not f.metadata["free"]}
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """The options that decide results and are not the defaults; with ``--config``, not that file's."""
+    defaults = parse(type(options), [] if options.config is None else ["--config", options.config])
+    return {name: value for name, value in fixed_options(options).items() if value != getattr(defaults, name)}
 
 
 class _Parser(argparse.ArgumentParser):

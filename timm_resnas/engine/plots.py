@@ -15,11 +15,12 @@ from ..nas.evolution import rank_key
 from ..nas.space import SearchSpace
 from .run import atomic_write
 
-__all__ = ["accuracies", "draw_choices", "draw_pareto", "draw_progress", "draw_training"]
+__all__ = ["accuracies", "draw_choices", "draw_pareto", "draw_progress", "draw_training", "objectives"]
 
 COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd"}
 TOP = 25  # networks whose choices are shown, where the search has no parents
 ACCENT = "#d1495b"
+UNITS = {"macs": "MACs", "params": " parameters", "memory": "B of memory"}
 STRONG = {"largest": "#2b2d42", "smallest": ACCENT, "raw": "#2b2d42", "ema": ACCENT}
 
 
@@ -33,6 +34,19 @@ def accuracies(results: dict[str, Any], records: list[dict[str, Any]], split: st
     """Accuracies of records on the search's validation ("val") or the test images ("test"), [records]."""
     key, total = {"val": ("score", "val_images"), "test": ("test", "test_images")}[split]
     return np.array([r[key] for r in records]) / results[total]
+
+
+def objectives(results: dict[str, Any]) -> list[str]:
+    """The costs that the front sets against accuracy."""
+    return results.get("objectives", ["macs"])  # once the front was always one of MACs
+
+
+def _unit(cost: str, most: float) -> tuple[float, str]:
+    """(divisor, label) of an axis that shows costs up to ``most``."""
+    if cost == "latency_ms":
+        return 1, "latency in ms"
+    scale, prefix = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if most >= s[0]), (1, ""))
+    return scale, prefix + UNITS[cost]
 
 
 def draw_training(path: Path, records: list[dict[str, Any]]) -> None:
@@ -71,13 +85,14 @@ def _draw_accuracy(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Accuracy against MACs of all candidates, the front, and networks to compare with."""
+    """Accuracy against cost (the front's first) of all candidates, the front, and networks to compare with."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    scale = 1e9 if results["largest"]["macs"] >= 1e9 else 1e6
+    cost, *others = objectives(results)
+    scale, label = _unit(cost, results["largest"][cost])
 
     def points(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([r["macs"] for r in records]) / scale, accuracies(results, records, "val")
+        return np.array([r[cost] for r in records]) / scale, accuracies(results, records, "val")
 
     for origin in dict.fromkeys(r["origin"] for r in history):
         records = [r for r in history if r["origin"] == origin]
@@ -89,12 +104,12 @@ def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any
         )
     axes.scatter(*points([results["largest"]]), s=50, marker="s", color="#2b2d42", label="largest network")
     front = results["front"]
-    if len(results.get("objectives", ["macs"])) > 1:  # the front has more dimensions than the picture
+    if others:  # the front has more dimensions than the picture
         axes.scatter(*points(front), s=30, facecolors="none", edgecolors=ACCENT, label="front")
     else:
         axes.plot(*points(front), color=ACCENT, linewidth=1, drawstyle="steps-post", label="front")
     axes.scatter(*points([results["best"]]), s=110, marker="*", color=ACCENT, zorder=5, label="best")
-    axes.set_xlabel(f"{'G' if scale == 1e9 else 'M'}MACs")
+    axes.set_xlabel(label)
     axes.set_ylabel("accuracy on the search's validation images")
     axes.set_title(f"{results['candidates']} candidates on {results['dataset']}", fontsize=10)
     axes.grid(alpha=0.25)

@@ -11,11 +11,12 @@ from scipy.stats import spearmanr
 
 from ..arch import Arch
 from ..nas.cost import Budget, describe_layers, format_cost
+from ..nas.evaluate import in_answers
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
 from . import shrink_report
-from .plots import accuracies, draw_choices, draw_pareto, draw_progress
-from .run import RunError, atomic_write, format_minutes, read_json
+from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
+from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
 __all__ = ["report", "results_table", "spearman", "train_command"]
 
@@ -37,6 +38,7 @@ def report(folder: Path) -> str:
     if isinstance(results, dict) and "networks" in results:
         return shrink_report.report(folder)
     history = read_jsonl(folder / "history.jsonl")
+    history = [in_answers(record) for record in history]
     training = read_jsonl(folder / "training.jsonl")
     if not history or not all(RECORD <= record.keys() for record in history):
         raise RunError(f"{folder / 'history.jsonl'} is damaged: its lines must have {', '.join(sorted(RECORD))}")
@@ -76,8 +78,8 @@ def improving(training: list[dict[str, Any]]) -> str | None:
 
 def results_table(results: dict[str, Any]) -> str:
     """Best, largest and random networks, as Markdown that reads well in a terminal."""
-
-    names = [k for k in ("macs", "params", "latency_ms") if k in results["best"]]  # latency: where a table predicts it
+    # the front's costs first; latency where a table predicts it
+    names = [k for k in dict.fromkeys((*objectives(results), "macs", "params", "latency_ms")) if k in results["best"]]
 
     def row(name: str, costs: list[float], val: str, test: str) -> tuple[str, ...]:
         return name, *(format_cost(k, v) for k, v in zip(names, costs, strict=True)), val, test
@@ -120,7 +122,7 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
             f"{spearman(val, test):.2f} (1: the score orders networks as the test images do; standard error "
             f"about {1 / np.sqrt(max(1, len(randoms) - 1)):.2f}).",
         ]
-    scores = np.array([r["score"] for r in history])
+    scores = np.array([r.get("ranked_by", r["score"]) for r in history])
     lines.append(
         f"- {len(np.unique(scores))} different scores among {len(history)} candidates; "
         f"{int((scores == scores.max()).sum())} share the highest, of which fewer MACs decide."
@@ -145,7 +147,8 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
     """The report's text."""
     arch = Arch.from_record(results["best"])
     model_args = SearchSpace.from_dict(results["space_dict"]).model_args
-    shown = [name for name in LABELS if name in results["front"][0]]
+    front_costs = objectives(results)
+    shown = [name for name in dict.fromkeys((*front_costs, *LABELS)) if name in results["front"][0]]
     points = [
         "| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |",
         "|---|" + "---|" * (len(shown) + 1),
@@ -155,11 +158,13 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
-    objectives = results.get("objectives", ["macs"])
+    space, supernet = results["space"], results.get("supernet")
+    if supernet and not supernet.startswith("hf-hub:"):
+        space = space.replace(supernet, short_path(supernet))
     seconds = results["seconds"]
     leak = results.get("leak")
     lines = [
-        f"# Search on {results['dataset']}, space {results['space']}",
+        f"# Search on {results['dataset']}, space {space}",
         "",
         f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} sub-networks, scored "
         f"with the supernet's weights on {results['val_images']} images"
@@ -196,11 +201,11 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
         "```",
         "",
-        f"## Front of accuracy against {' and '.join(LABELS[name] for name in objectives)}",
+        f"## Front of accuracy against {' and '.join(LABELS[name] for name in front_costs)}",
         "",
         *points,
         "",
-        "![score against MACs](pareto.png)",
+        f"![score against {LABELS[front_costs[0]]}](pareto.png)",
         "",
         "## Progress",
         "",
@@ -222,7 +227,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "## How it was made",
         "",
         f"- command: `{results['command']}`",
-        f"- supernet: {results.get('supernet') or 'trained by this run'}",
+        f"- supernet: {supernet or 'trained by this run'}",
         f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
         f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
         + (", since the run was last continued" if results.get("resumed") else ""),

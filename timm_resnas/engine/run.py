@@ -8,11 +8,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from .launcher import fail
-from .options import fixed_options
+from .options import changed_options, fixed_options
 
 try:
     import fcntl
@@ -39,7 +40,11 @@ __all__ = [
     "dataset_name",
     "format_minutes",
     "read_json",
+    "run_name",
+    "short_path",
 ]
+
+LONGEST_NAME = 100  # characters of a folder's name
 
 
 class RunError(ValueError):
@@ -107,7 +112,7 @@ class Run:
     Args:
         options: The resolved options.
         accelerator: Only its main process writes.
-        name: The folder's name where the options have none.
+        name: The folder's name where the options have none, see `run_name`.
 
     Attributes:
         resumed: Whether the folder was there before.
@@ -281,3 +286,46 @@ def dataset_name(dataset: str) -> str:
     """Part of a run's folder name: 'digits', or the last folder of a path."""
     kind, _, where = dataset.partition(":")
     return "-".join([kind, *Path(where).parts[-1:]]) if where else kind
+
+
+def short_path(where: str) -> str:
+    """The last two parts of a folder's path or a Hub id: 'digits-micro/supernet', 'owner/name'."""
+    return "/".join([part for part in (where.partition(":")[2] or where).split("/") if part][-2:])
+
+
+def run_name(options: Any, parts: Iterable[str], shown: Iterable[str]) -> str:
+    """A run's folder name: 'digits-micro', and what was changed: 'digits-micro-seed=3-epochs=20'.
+
+    The file of ``--config`` is named as well, and only what differs from it. A digest ends a name that does not show
+    all: it is cut, or a value has characters that do not suit a file's name.
+
+    Args:
+        options: As they were given.
+        parts: The name where nothing was changed.
+        shown: Options that ``parts`` show.
+    """
+    name = "-".join(parts)
+    if options.config is not None:
+        path = Path(options.config)
+        file = path.parent.name if path.name == "config.yaml" else path.stem  # config.yaml: that of a run
+        file = file.removeprefix(name).strip("-")
+        if file.replace("-", "_") not in name.replace("-", "_"):
+            name = f"{name}-{file}"
+    changed = {k: v for k, v in changed_options(options).items() if k not in shown}
+    values = {k: _in_a_name(v) for k, v in changed.items()}
+    safe = {k: re.sub(r"[^\w.+-]", "_", v, flags=re.ASCII) for k, v in values.items()}
+    name = "-".join([name, *(f"{k}={v}" for k, v in safe.items())])
+    if safe == values and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(json.dumps([name, changed]).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+
+
+def _in_a_name(value: Any) -> str:
+    """An option's value: 0.002, true, rand-m9, 32+64 (a list), macs40pct+params2M (macs=40%,params=2M)."""
+    if isinstance(value, list):
+        return "+".join(map(_in_a_name, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    return text.translate(str.maketrans({"%": "pct", "=": "", ",": "+"}))

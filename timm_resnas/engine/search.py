@@ -30,7 +30,7 @@ from ..data import (
 )
 from ..hub import load, read_file, save_pretrained
 from ..nas.cost import Budget, format_cost
-from ..nas.evaluate import Evaluator, count_correct
+from ..nas.evaluate import Evaluator, count_correct, in_answers
 from ..nas.evolution import EvolutionSearch, RandomSearch, Search, rank_key
 from ..nas.jsonl import write_jsonl
 from ..nas.latency import LatencyTable, measure_network
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 FINALISTS = 10  # networks that are measured until one is within a latency budget
-NEAR = 0.02  # points of a front this near in MACs are one network to a user
+NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
 
 
@@ -295,6 +295,8 @@ def run_search(options: SearchOptions, search: Search, evaluator: Evaluator, run
         for record, arch in zip(search.history[-len(batch) :], batch, strict=True):
             scored = evaluator.record(arch, prescreened=at_least is not None)
             record["seconds"] = scored["seconds"]
+            if "correct" in scored:
+                record["correct"] = scored["correct"]
             if "prescreened" in scored:
                 record["prescreened"], record["at_least"] = scored["prescreened"], at_least
         if run.is_main:
@@ -353,21 +355,27 @@ def choose(search: Search, table: LatencyTable | None, run: Run) -> tuple[dict[s
     return ranked[fastest], measured
 
 
-def front(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records that no other beats in score and MACs, cheapest first."""
+def front_cost(budget: Budget | None, space: SearchSpace) -> str:
+    """What the front sets against accuracy: the budget's first cost that networks differ in; MACs without a budget."""
+    idle = space.idle_limits(budget) if budget else ()
+    return next((name for name, _ in budget or () if name not in idle), "macs")
+
+
+def front(records: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Records that no other beats in score and cost, cheapest first."""
     points, best = [], -1
-    for record in sorted(records, key=lambda r: (r["macs"], -r["score"], r["key"])):
+    for record in sorted(records, key=lambda r: (r[cost], -r["score"], r["key"])):
         if record["score"] > best:
             points.append(record)
             best = record["score"]
     return points
 
 
-def distinct_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of points whose MACs differ by less than `NEAR`, the best; a front's order, cheapest first, is kept."""
+def distinct_points(points: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Of points whose costs differ by less than `NEAR`, the best; a front's order, cheapest first, is kept."""
     kept: list[dict[str, Any]] = []
     for point in points:
-        if kept and point["macs"] < (1 + NEAR) * kept[-1]["macs"]:
+        if kept and point[cost] < (1 + NEAR) * kept[-1][cost]:
             if point["score"] > kept[-1]["score"]:
                 kept[-1] = point
         else:
@@ -432,8 +440,7 @@ def finish(
         f"\nscoring {len(others) - 1} random networks of {within} and {options.num_any_cost} of any cost as baselines"
     )
     facts["prescreen"] = prescreen_effect(search.history, evaluator, len(data.val))
-    val_scores = evaluator.score(others)
-    spread_scores = evaluator.score(spread)
+    evaluator.score([*others, *spread])
     tester = Evaluator(
         net,
         eval_batches(data.splits.test, eval_transform(data.config), device=device),
@@ -447,22 +454,27 @@ def finish(
     if not run.is_main:
         return
 
-    def record(arch: Arch, score: int, **more: int) -> dict[str, Any]:
-        return {**arch.record(), "key": arch.key(), **data.space.costs(arch), "score": score, **more}
+    def record(arch: Arch, **more: int) -> dict[str, Any]:
+        scored = {k: v for k, v in evaluator.record(arch).items() if k in ("score", "correct")}
+        return in_answers({**arch.record(), "key": arch.key(), **data.space.costs(arch), **scored, **more})
 
     best, measured = choose(search, table, run)
+    best = in_answers(best)
     seen = read_file(options.supernet or run / "supernet", "training_data.json")
     export(net, best, run / "best", options, data, seen)
-    largest, *compared = [record(a, v, test=t) for a, v, t in zip(others, val_scores, test_scores, strict=True)]
-    free = [record(a, v) for a, v in zip(spread, spread_scores, strict=True)]
+    largest, *compared = [record(a, test=t) for a, t in zip(others, test_scores, strict=True)]
+    free = [record(a) for a in spread]
     shutil.rmtree(run / "pareto", ignore_errors=True)
     if isinstance(search, ParetoSearch):
         points = search.front()
         facts["objectives"] = list(search.objectives)
         facts["hypervolumes"] = search.hypervolumes
     else:
-        points = front([*(r for r in search.history if "prescreened" not in r), largest, *compared, *free])
-        points = distinct_points(points)
+        cost = front_cost(search.budget, data.space)
+        facts["objectives"] = [cost]
+        scored = [in_answers(r) for r in search.history if "prescreened" not in r]
+        points = front([*scored, largest, *compared, *free], cost)
+        points = distinct_points(points, cost)
     for k, point in enumerate(points, start=1):
         export(net, point, run / "pareto" / str(k), options, data, seen)
     correct, images = score_of(run / "best", data, device)

@@ -46,7 +46,12 @@ class RunOptions(ProcessOptions):
     """run"""
 
     output: str = option("runs", "where runs are kept", metavar="DIR", free=True)
-    name: str | None = option(None, "the run's folder in --output (default: from the options)", basic=True, free=True)
+    name: str | None = option(
+        None,
+        "the run's folder in --output (default: by data, model and what was changed)",
+        basic=True,
+        free=True,
+    )
     log_with: str | None = option(
         None, "also log to a tracker of Accelerate (tensorboard, wandb, …)", metavar="TRACKER", free=True
     )

@@ -34,7 +34,7 @@ from ..nas.pareto import ParetoSearch
 from ..nas.timing import Conditions, measure
 from .models import class_names_of, open_model
 from .processes import shared_counter
-from .run import Deadline, Run, RunError, dataset_name, format_minutes
+from .run import Deadline, Run, RunError, format_minutes
 from .search import FINALISTS, distinct_points, fingerprint, make_budget, make_search, run_search
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
@@ -50,14 +50,19 @@ TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
 ROUNDS = 15  # of latency measurements, interleaved
 
 
-def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline) -> None:
+def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, name: str) -> None:
     """The whole job; each stage that a killed run has finished is taken from its folder.
+
+    Args:
+        options: The resolved options.
+        accelerator: See `Training`.
+        clock: Started with the program.
+        name: Of the run's folder, where the options have none.
 
     Raises:
         ValueError: The model, the data or the options cannot be used; said before any long work.
     """
-    parts = [p for p in Path(options.model.partition(":")[2] or options.model).parts if p != "best"]
-    run = Run(options, accelerator, f"{dataset_name(options.dataset)}-{parts[-1]}")
+    run = Run(options, accelerator, name)
     model, data, fits = _prepare(options, run)
     space, table = elastic(model).space, None
     if options.latency_table is not None:
@@ -325,7 +330,7 @@ def _front(
 ) -> list[dict[str, Any]]:
     """Folders of a front, repaired, without fine-tuning; none for other searches."""
     shutil.rmtree(run / "pareto", ignore_errors=True)
-    points = distinct_points(search.front()) if isinstance(search, ParetoSearch) else []
+    points = distinct_points(search.front(), search.objectives[0]) if isinstance(search, ParetoSearch) else []
     for k, point in enumerate(points, start=1):
         model = net.extract(Arch.from_record(point), repair=images)
         save_pretrained(

@@ -293,7 +293,7 @@ def make_loader(options: TrainOptions, accelerator: Accelerator, data: TrainData
     if not options.multi_scale:
         transform = train_transform(data.config, **augmentation(options, data.splits, size))
         if data.train is None:
-            given.update(num_images=data.num_train, lanes=options.stream_shards)
+            given.update(num_images=data.num_train, num_shards=options.stream_shards)
             return stream_loader(data.splits.train, transform, options.batch_size, **given)
         return train_loader(data.splits.train.select(data.train), transform, options.batch_size, **given)
     images = data.splits.train.select(data.train)

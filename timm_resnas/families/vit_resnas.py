@@ -39,6 +39,11 @@ class VitResNasSupernet(Supernet, VitResNas):
     modes = ("sliced", "masked")
 
     def __init__(self, space: Any, **kwargs) -> None:
+        if "network_def" in kwargs:
+            raise TypeError(
+                "a supernet takes space, a preset's name or a dict, instead of network_def; vit_resnas takes a "
+                "network_def, and a supernet's set_arch(network_def) one of its sub-networks"
+            )
         space = SearchSpace.create(space)
         if not isinstance(space, VitResNasSpace):
             raise ValueError(f"a ViT-ResNAS supernet needs a space of its family, got one of {space.family!r}")

@@ -18,7 +18,7 @@ from ..arch import Arch
 from .jsonl import append_jsonl, read_jsonl
 from .supernet import Supernet
 
-__all__ = ["SCORES", "Evaluator", "count_correct", "score_unit"]
+__all__ = ["SCORES", "Evaluator", "below", "count_correct", "in_answers", "score_unit"]
 
 # Room for what all sub-networks compute alike (`Supernet.shared`), over the whole evaluation set.
 SHARED_CACHE_BYTES = 512 << 20
@@ -58,6 +58,11 @@ def _agreement(logits: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 # Score of each image, an integer, from a sub-network's logits and the label, or the full network's logits
 SCORES = {"accuracy": _correct, "likelihood": _likelihood, "agreement": _agreement}
+
+
+def in_answers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a finer score with correct answers as its ``score``, for tables and pictures; others as they are."""
+    return {**record, "score": record["correct"], "ranked_by": record["score"]} if "correct" in record else record
 
 
 def score_unit(score: str) -> int:
@@ -227,7 +232,7 @@ class Evaluator:
                         stopped = {
                             i: estimate
                             for i in left
-                            if (estimate := _below(totals[i], seen, total, at_least)) is not None
+                            if (estimate := below(totals[i], seen, total, at_least)) is not None
                         }
         finally:
             net.set_arch(previous)
@@ -287,7 +292,7 @@ def _checked(record: dict[str, Any], file: Path) -> dict[str, Any]:
     return record
 
 
-def _below(correct: int, images: int, total: int, at_least: int) -> int | None:
+def below(correct: int, images: int, total: int, at_least: int) -> int | None:
     """The estimated score out of ``total``, if it is clear enough that it stays below ``at_least``."""
     share = correct / images
     # of a share seen on part of a finite set
