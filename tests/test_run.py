@@ -195,8 +195,11 @@ def test_names_that_do_not_show_all_end_with_a_digest():
     names = ("seed", "epochs", "batch-size", "num-archs", "population", "iterations", "parents")
     many = [f"--{name}=77" for name in names]
     long = [named(*many, "--mutations", n) for n in "123"]
-    assert long[0].startswith("digits-micro-seed=77-epochs=77-batch_size=77-num_archs=77-")
-    assert len(set(long)) == 3 and {len(n) for n in long} == {100} and long[0] == named(*many, "--mutations", "1")
+    shown = "digits-micro-seed=77-epochs=77-batch_size=77-num_archs=77-population=77-iterations=77"  # whole pairs
+    assert all(re.fullmatch(rf"{shown}-[0-9a-f]{{8}}", name) for name in long)
+    assert len(set(long)) == 3 and long[0] == named(*many, "--mutations", "1")
+    deep = run_name(parse(SearchOptions, ["--seed", "3"]), ("digits", "x" * 200), shown=())
+    assert re.fullmatch(r"digits-x{43}-seed=3-[0-9a-f]{8}", deep)
 
 
 def test_a_run_is_named_after_its_configuration(tmp_path):

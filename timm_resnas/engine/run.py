@@ -312,13 +312,17 @@ def run_name(options: Any, parts: Iterable[str], shown: Iterable[str]) -> str:
         if file.replace("-", "_") not in name.replace("-", "_"):
             name = f"{name}-{file}"
     changed = {k: v for k, v in changed_options(options).items() if k not in shown}
-    values = {k: _in_a_name(v) for k, v in changed.items()}
-    safe = {k: re.sub(r"[^\w.+-]", "_", v, flags=re.ASCII) for k, v in values.items()}
-    name = "-".join([name, *(f"{k}={v}" for k, v in safe.items())])
-    if safe == values and len(name) <= LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(json.dumps([name, changed]).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+    values = [_in_a_name(v) for v in changed.values()]
+    safe = [re.sub(r"[^\w.+-]", "_", v, flags=re.ASCII) for v in values]
+    pairs = [f"{k}={v}" for k, v in zip(changed, safe, strict=True)]
+    whole = "-".join([name, *pairs])
+    if safe == values and len(whole) <= LONGEST_NAME:
+        return whole
+    digest = hashlib.sha256(json.dumps([whole, changed]).encode()).hexdigest()[:8]
+    name = name[: LONGEST_NAME // 2]
+    while pairs and len(f"{name}-{pairs[0]}-{digest}") <= LONGEST_NAME:
+        name = f"{name}-{pairs.pop(0)}"
+    return f"{name}-{digest}"
 
 
 def _in_a_name(value: Any) -> str:
