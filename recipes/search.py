@@ -9,7 +9,8 @@
 
 Three sets of images are kept apart: training, the search's own validation (cut from the training set, recorded in
 `state/data.json`) and test. Candidates are scored on the validation images with the supernet's weights; the test
-images are used once, for the last table.
+images are used once, for the last table. A random forest on small pixels and colours is its last row; the report says
+so where the network found does not beat it, and what would help.
 
 A run's folder:
 
