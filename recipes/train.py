@@ -17,7 +17,8 @@ one process or many.
 Which weights are taken is never decided on test images. With a validation part, cut from the training images by seed
 (`--val-per-class`), it is the epoch and the weights, raw or averaged, of highest validation accuracy, and the best
 `--keep` are kept; without (0), it is the last epoch's, averaged ones if there are any. The test images are
-looked at once, when training is over.
+looked at once, when training is over, by a random forest on small pixels and colours as well: where the network does
+not beat it, the run says so, and what would help.
 
 A run's folder (runs/digits-vit_resnas, or runs/digits-vit_resnas-seed=3-epochs=20 where options were changed) holds
 `config.yaml`, `best/` (config.json and model.safetensors, for `timm.create_model`), `kept/`,

@@ -195,7 +195,7 @@ def test_prescreening_has_its_share_of_every_class(digits):
 
 
 def unseen(splits, record, *given):
-    options = parse(SearchOptions, ["--supernet", "net", *given])
+    options = resolve(parse(SearchOptions, ["--supernet", "net", *given]))
     return job.split_unseen(options, splits, record)
 
 
@@ -423,6 +423,23 @@ def test_the_heading_names_a_supernet_without_its_path(supernet, named, finished
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert lines[0] == f"# Search on digits, space that of {named}"
     assert f"- supernet: {supernet}" in lines
+
+
+@pytest.mark.parametrize("correct", [None, 309, 310, 311])
+def test_a_report_says_where_the_baseline_is_not_beaten(correct, finished, tmp_path):
+    """The network has 310 right answers; a run of before had no baseline."""
+    folder, facts = finished
+    if correct is not None:
+        found = {"name": "random forest", "test": correct, "images": 360, "train_images": 1437, "seconds": 1.0}
+        facts = {**facts, "baseline": found}
+    (tmp_path / "results.json").write_text(json.dumps(facts))
+    (tmp_path / "history.jsonl").write_bytes((folder / "history.jsonl").read_bytes())
+    shown = report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert shown in text and ("| random forest " in shown) is (correct is not None)
+    assert ("does not beat a simple classifier" in shown) is (correct is not None and correct >= 310)
+    if correct is not None:
+        assert f"| {correct / 360:.4f} " in shown and "trained on 1437 training images" in shown
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"best": 3}', "null"])

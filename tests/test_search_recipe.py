@@ -35,8 +35,12 @@ def run(tmp_path, *options, name="run"):
     return tmp_path / name
 
 
+def without(record):
+    return {k: v for k, v in record.items() if k != "seconds"}
+
+
 def without_seconds(folder):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "history.jsonl")]
+    return [without(r) for r in read_jsonl(folder / "history.jsonl")]
 
 
 def results_of(folder):
@@ -75,6 +79,12 @@ def test_output_of_a_search(finished):
     # the last table is printed, and its numbers are those of the files
     test = f"{results['best']['test'] / results['test_images']:.4f}"
     assert f"| {test} " in next(line for line in printed.splitlines() if line.startswith("| best"))
+    found = without(results["baseline"])
+    assert found["images"] == 360 and found["train_images"] == 1437 and found["test"] > 345
+    assert f"| {found['test'] / 360:.4f} " in next(r for r in printed.splitlines() if r.startswith("| random forest"))
+    said = "does not beat a simple classifier"
+    assert (said in printed) is (said in (folder / "report.md").read_text())
+    assert (said in printed) is (results["best"]["test"] <= found["test"])
     header = next(line for line in printed.splitlines() if line.split()[:2] == ["generation", "candidates"])
     assert "mean of parents" in header and header.endswith("ends in")
 
@@ -234,7 +244,7 @@ def searched(runs, tmp_path_factory):
 def test_a_supernet_is_searched_on_images_that_it_has_not_seen(finished, searched):
     """Its own run's: candidates, scores and order are the same as there."""
     assert parts(searched) == parts(finished[0])
-    assert "epoch" not in Path(f"{searched}.log").read_text() and not (searched / "training.jsonl").exists()
+    assert "training ends" not in Path(f"{searched}.log").read_text() and not (searched / "training.jsonl").exists()
     results = results_of(searched)
     assert results["leak"] is None and results["supernet"] == str(finished[0] / "supernet")
     assert without_seconds(searched) == without_seconds(finished[0])
@@ -247,7 +257,9 @@ def test_two_processes_have_the_history_of_one(runs, searched, tmp_path):
     scored = [len(read_jsonl(f)) for f in sorted((tmp_path / "two" / "state").glob("scores-*.jsonl"))]
     assert len(scored) == 2 and min(scored) > 0
     assert sum(scored) == len(read_jsonl(searched / "state" / "scores-0.jsonl"))  # none twice
-    assert results_of(tmp_path / "two")["processes"] == 2
+    results = results_of(tmp_path / "two")
+    assert results["processes"] == 2
+    assert without(results["baseline"]) == without(results_of(searched)["baseline"])
 
 
 def test_killed_and_resumed_searches_have_the_history_of_an_unbroken_one(runs, searched, tmp_path):
@@ -261,6 +273,7 @@ def test_killed_and_resumed_searches_have_the_history_of_an_unbroken_one(runs, s
             f.write('{"key": "half a li')
     runs.run(folder)
     assert without_seconds(folder) == without_seconds(searched)
+    assert without(results_of(folder)["baseline"]) == without(results_of(searched)["baseline"])
     scored = [r["key"] for r in read_jsonl(scores)]
     assert len(scored) == len(set(scored))
 

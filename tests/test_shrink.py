@@ -56,6 +56,7 @@ def results_of(folder):
         del row["ms"], row["speedup"]
     for record in results["finalists"]:
         record.pop("seconds", None)
+    del results["baseline"]["seconds"]
     return {k: v for k, v in results.items() if k not in ("seconds", "command", "resumed", "processes", "conditions")}
 
 

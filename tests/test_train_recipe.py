@@ -131,6 +131,9 @@ def test_the_chosen_weights(straight):
     last = end["test"][f"last {chosen['weights']}"]
     assert (end["test"]["best"] == pytest.approx(last, abs=1e-5)) is (chosen["epoch"] == 2)
     assert end["test"]["best"]["top1"] > 0.2
+    simple, log = end["baseline"]["test"] / end["baseline"]["images"], Path(f"{straight}.log").read_text()
+    assert f"random forest            top-1 {simple:.4f}" in log and simple > 0.95
+    assert ("does not beat a simple classifier" in log) is (end["test"]["best"]["top1"] <= simple)
 
 
 def test_killed_at_random_moments(runs, straight, tmp_path):
@@ -606,6 +609,7 @@ def test_training_from_a_stream(tmp_path):
     for name in ("one", "two"):
         recipe.main([*options, "--name", name])
     found = results(tmp_path / "one")
+    assert (found["baseline"]["train_images"], found["baseline"]["images"]) == (60, 9)
     assert found["images"] == {"train": 60, "val": 0, "test": 9} and found["chosen"]["by"] == "being the last"
     assert records(tmp_path / "one")[-1]["step"] == 2 * 5
     first, second = (weights(tmp_path / name / "best") for name in ("one", "two"))

@@ -15,6 +15,7 @@ from ..nas.evaluate import in_answers
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
 from . import shrink_report
+from .baseline import describe, verdict
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
@@ -26,7 +27,7 @@ RECORD = {"args", "generation", "key", "macs", "model", "origin", "score"}
 
 
 def report(folder: Path) -> str:
-    """Write the report and pictures of a run; returns the table of results.
+    """Write the report and pictures of a run; returns the table of results, and what is to be said of the baseline.
 
     Raises:
         RunError: The folder holds no finished search, or a file of it is damaged; the message names it.
@@ -44,7 +45,7 @@ def report(folder: Path) -> str:
         raise RunError(f"{folder / 'history.jsonl'} is damaged: its lines must have {', '.join(sorted(RECORD))}")
     try:
         results = {**results, "folder": str(folder)}
-        table = results_table(results)
+        table = "\n\n".join([results_table(results), *beside_baseline(results)])
         text = markdown(results, history, training, table)
         draw_pareto(folder / "pareto.png", results, history)
         draw_progress(folder / "progress.png", results, history, training)
@@ -76,8 +77,16 @@ def improving(training: list[dict[str, Any]]) -> str | None:
     )
 
 
+def beside_baseline(results: dict[str, Any]) -> list[str]:
+    """What the baseline is, and whether the best network beats it; nothing of runs that had none."""
+    if (baseline := results.get("baseline")) is None:
+        return []
+    weak = verdict(float(accuracies(results, [results["best"]], "test")[0]), baseline)
+    return [describe(baseline), *([f"**{weak}**"] if weak else [])]
+
+
 def results_table(results: dict[str, Any]) -> str:
-    """Best, largest and random networks, as Markdown that reads well in a terminal."""
+    """Best, largest and random networks and the baseline, as Markdown that reads well in a terminal."""
     # the front's costs first; latency where a table predicts it
     names = [k for k in dict.fromkeys((*objectives(results), "macs", "params", "latency_ms")) if k in results["best"]]
 
@@ -96,6 +105,8 @@ def results_table(results: dict[str, Any]) -> str:
             shown.append(f"{a.mean():.4f} ± {a.std():.4f}")
         means = [float(np.mean([r[k] for r in randoms])) for k in names]
         rows.append(row(f"mean of {len(randoms)} random", means, *shown))
+    if baseline := results.get("baseline"):
+        rows.append(("random forest", *("-" for _ in names), "-", f"{baseline['test'] / baseline['images']:.4f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

@@ -37,6 +37,7 @@ from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
 from ..nas.space import BudgetError, SearchSpace
 from ..nas.supernet import Supernet
+from .baseline import score_baseline
 from .data import HASHED_IMAGES, cached_parts, image_pair, open_splits
 from .models import align_classes, record_of
 from .report import report, train_command
@@ -487,6 +488,7 @@ def finish(
             "finalists": measured,
             "largest": largest,
             "random": compared,
+            "baseline": score_baseline(data.splits, data.config, options.workers),
             "spread": free,
             "front": [{k: p[k] for k in shown} for p in points],
             "val_images": len(data.val),

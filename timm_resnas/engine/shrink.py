@@ -32,6 +32,7 @@ from ..nas.knapsack import alone, knapsack, losses, uniform
 from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
 from ..nas.timing import Conditions, measure
+from .baseline import score_baseline
 from .models import class_names_of, open_model
 from .processes import shared_counter
 from .run import Deadline, Run, RunError, format_minutes
@@ -403,6 +404,7 @@ def _compare(
         "conditions": str(conditions),
         "networks": rows,
         "random": randoms,
+        "baseline": score_baseline(data.splits, data.config, options.workers),
     }
 
 

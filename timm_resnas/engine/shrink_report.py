@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ..arch import Arch
 from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.space import SearchSpace
+from .baseline import describe, verdict
 from .plots import ACCENT, save
 from .run import RunError, atomic_write, format_minutes, read_json
 
@@ -29,7 +30,7 @@ def report(folder: Path) -> str:
     path = folder / "results.json"
     results = read_json(path)
     try:
-        table = networks_table(results)
+        table = "\n\n".join([networks_table(results), *beside_baseline(results)])
         text = markdown(results, table)
         draw_accuracy(folder / "shrunk.png", results)
         draw_widths(folder / "widths.png", results)
@@ -38,6 +39,13 @@ def report(folder: Path) -> str:
     with atomic_write(folder / "report.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     return table
+
+
+def beside_baseline(results: dict[str, Any]) -> list[str]:
+    """What the baseline is, and whether the found network beats it."""
+    found = results["networks"]["found, fine-tuned"]["test"] / results["images"]["test"]
+    weak = verdict(found, results["baseline"], pretrained=True)
+    return [describe(results["baseline"]), *([f"**{weak}**"] if weak else [])]
 
 
 def networks_table(results: dict[str, Any]) -> str:
@@ -52,8 +60,10 @@ def networks_table(results: dict[str, Any]) -> str:
         test = np.array([r["test"] for r in randoms]) / images
         costs = [format_cost(k, float(np.mean([r[k] for r in randoms]))) for k in ("macs", "params")]
         rows.append(
-            (f"mean of {len(randoms)} random, repaired", *costs, "", "", f"{test.mean():.4f} ± {test.std():.4f}")
+            (f"mean of {len(randoms)} random, repaired", *costs, "-", "-", f"{test.mean():.4f} ± {test.std():.4f}")
         )
+    baseline = results["baseline"]
+    rows.append(("random forest", "-", "-", "-", "-", f"{baseline['test'] / baseline['images']:.4f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

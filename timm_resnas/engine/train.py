@@ -40,6 +40,7 @@ from ..data import (
 )
 from ..hub import save_pretrained
 from ..tasks import HardLabelDistillationTask, MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
+from .baseline import describe, score_baseline, verdict
 from .data import augmentation, cached_parts, cut_validation, image_pair, open_splits, without_background
 from .evaluate import evaluate, format_scores
 from .models import align_classes, class_names_of, model_source, open_model, parse_kwargs, record_of
@@ -480,6 +481,12 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
         tests[name] = evaluate(accelerator, model, batches(data.splits.test, config))
         which = f" (epoch {chosen['epoch']}, {chosen['weights']})" if name == "best" else ""
         run.print(f"  {name + which:24} {format_scores(tests[name])}")
+    baseline = None
+    if run.is_main:
+        baseline = score_baseline(data.splits, data.config, options.workers)
+        run.print(f"  {'random forest':24} top-1 {baseline['test'] / baseline['images']:.4f}")
+        weak = verdict(tests["best"]["top1"], baseline, options.pretrained or options.pretrained_path is not None)
+        run.print("\n".join([describe(baseline), *([weak] if weak else [])]))
     results = {
         "command": shlex.join(["accelerate", "launch", *sys.argv]),
         "model": options.model,
@@ -494,6 +501,7 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
         "lr": learning_rate(options),
         "chosen": chosen,
         "test": tests,
+        "baseline": baseline,
         "seconds": round(training.state.seconds, 1),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
