@@ -9,7 +9,7 @@ import timm
 import torch
 
 import timm_resnas.nas.evaluate as module
-from timm_resnas.nas.evaluate import Evaluator, below, count_correct
+from timm_resnas.nas.evaluate import Evaluator, below, count_correct, score_unit
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl
 
 
@@ -192,3 +192,32 @@ def test_prescreen_stops_what_cannot_be_a_parent_and_nothing_else(net, batches, 
     assert evaluator.score(archs) == truth
     again = make()
     assert again.score(archs, at_least=at_least) == scores and again.num_computed == 0
+
+
+def test_finer_scores_are_sums_of_fixed_point_numbers(net, batches, archs, truth, tmp_path):
+    """Against the extracted networks, in float64; the same one by one, and read back."""
+    finer = {"likelihood": [], "agreement": [], "cosine": []}
+    with torch.inference_mode():
+        full = [net(x).double() for x, _ in batches]
+        for arch in archs:
+            one = net.extract(arch)
+            logits = [one(x).double() for x, _ in batches]
+            logs = [z.log_softmax(-1) for z in logits]
+            finer["likelihood"].append(
+                sum(float(z.gather(1, y[:, None]).sum()) for z, (_, y) in zip(logs, batches, strict=True))
+            )
+            soft = [f.log_softmax(-1) for f in full]
+            finer["agreement"].append(-sum(float((s.exp() * (s - z)).sum()) for s, z in zip(soft, logs, strict=True)))
+            near = [torch.cosine_similarity(z, f, dim=-1) - 1 for z, f in zip(logits, full, strict=True)]
+            finer["cosine"].append(sum(float(n.sum()) for n in near))
+    for name, expected in finer.items():
+        evaluator = Evaluator(net, batches, folder=tmp_path, fingerprint="w", score=name)
+        scores = evaluator.score(archs)
+        assert all(type(score) is int for score in scores)
+        assert np.allclose(np.array(scores) / score_unit(name), expected, rtol=1e-4, atol=1e-3)
+        assert [evaluator.record(arch)["correct"] for arch in archs] == truth
+        again = Evaluator(net, batches, folder=tmp_path, fingerprint="w", score=name)
+        assert again.score(archs) == scores and again.num_computed == 0
+    assert Evaluator(net, batches, folder=tmp_path, fingerprint="w").score(archs) == truth
+    with pytest.raises(ValueError, match="needs the score accuracy"):
+        Evaluator(net, batches, prescreen=batches, score="likelihood")

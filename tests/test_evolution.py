@@ -91,6 +91,23 @@ def test_finds_the_known_optimum(seed, fraction):
     assert search.best["score"] == max(map(score, inside))
 
 
+def test_a_search_begins_with_given_networks():
+    space, score = small_space(), separable_score(0)
+    budget = Budget(macs=int(0.6 * space.costs(space.largest)["macs"]), lower=0.8)
+    inside, outside = space.sample_many(2, np.random.default_rng(9), budget), space.largest
+    settings = dict(population=10, iterations=2, parents=4, mutations=3, crossovers=3)
+    search = EvolutionSearch(space, budget, 0, **settings, start=[outside, *inside, inside[0]])
+    asked = search.ask()
+    assert asked[:2] == inside and outside not in asked and len(asked) == 10 == len({a.key() for a in asked})
+    search.tell([(arch, score(arch)) for arch in asked])
+    assert [r["origin"] for r in search.history[:3]] == ["start", "start", "initial"]
+    again = EvolutionSearch(space, budget, 0, **settings, start=inside)
+    again.load_state_dict(search.state_dict())
+    assert again.ask() == search.ask()
+    with pytest.raises(ValueError, match="its start is"):
+        EvolutionSearch(space, budget, 0, **settings, start=inside[:1]).load_state_dict(search.state_dict())
+
+
 def test_better_than_random_on_a_large_space():
     settings = dict(population=100, iterations=8, mutations=30, crossovers=30)
     for seed in range(3):

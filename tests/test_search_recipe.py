@@ -324,3 +324,19 @@ def test_prescreening(runs, tmp_path):
     assert "prescreened" not in results["best"] and "Pre-screening" in (folder / "report.md").read_text()
     runs.run(folder, *options)
     assert without_seconds(folder) == history
+
+
+def test_the_finer_score_of_a_supernets_search(runs, searched, tmp_path):
+    """Candidates are ranked by the likelihood of the labels; tables still show correct answers."""
+    runs.run(tmp_path / "run", "--score", "likelihood")
+    history, counted = without_seconds(tmp_path / "run"), {r["key"]: r["score"] for r in without_seconds(searched)}
+    assert all(r["score"] < 0 for r in history)
+    assert (
+        all(r["correct"] == counted[r["key"]] for r in history if r["key"] in counted) and history[0]["key"] in counted
+    )
+    assert len({r["score"] for r in history}) == len(history)
+    results = results_of(tmp_path / "run")
+    best = min(history, key=rank_key)
+    assert results["best"]["key"] == best["key"] and results["best"]["score"] == best["correct"]
+    shown = f"| {best['correct'] / results['val_images']:.4f} "
+    assert shown in (tmp_path / "run" / "report.md").read_text()

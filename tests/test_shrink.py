@@ -10,6 +10,7 @@ from recipe_server import Recipe, parts, wait_until
 from safetensors.torch import load_file
 
 import timm_resnas
+from recipes import benchmark_shrink
 from recipes import report as report_recipe
 from recipes import search as recipe
 from timm_resnas.arch import Arch
@@ -179,3 +180,28 @@ def test_wrong_input_is_one_message_before_any_work(given, message, base, tmp_pa
     lines = [line for line in captured.err.splitlines() if line.startswith("search.py")]
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], captured.err
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_benchmark_of_shrinking(base, tmp_path, capsys):
+    """Rows for each budget; what costs the same and is repaired is nearer to the full model."""
+    argv = ["--model", str(base / "best"), "--calibrate", "digits", "--probe", "digits", "--budgets", "60"]
+    benchmark_shrink.main(
+        [
+            *argv,
+            "--images",
+            "96",
+            "--held",
+            "32",
+            "--seeds",
+            "2",
+            "--candidates",
+            "10",
+            "--json",
+            str(tmp_path / "rows"),
+        ]
+    )
+    rows = {r["network"]: r for r in json.loads((tmp_path / "rows").read_text())["rows"]}
+    assert rows["full model"]["cosine"] == pytest.approx([1, 1]) and len(rows) == 10
+    assert rows["60% uniform, repaired"]["cosine"][0] > rows["60% uniform"]["cosine"][0]
+    assert rows["60% searched, repaired"]["macs"] == pytest.approx(0.6, rel=0.03)
+    assert "| 60% searched, repaired |" in capsys.readouterr().out

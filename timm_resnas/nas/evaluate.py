@@ -56,8 +56,13 @@ def _agreement(logits: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     return (divergence.clamp_max(-LEAST_LOG) * -FIXED_POINT).round().long()
 
 
+def _cosine(outputs: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    nearness = torch.cosine_similarity(outputs.double(), full.double(), dim=-1)
+    return ((nearness - 1) * FIXED_POINT).round().long()
+
+
 # Score of each image, an integer, from a sub-network's logits and the label, or the full network's logits
-SCORES = {"accuracy": _correct, "likelihood": _likelihood, "agreement": _agreement}
+SCORES = {"accuracy": _correct, "likelihood": _likelihood, "agreement": _agreement, "cosine": _cosine}
 
 
 def in_answers(record: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +92,8 @@ class Evaluator:
         dtype: Run the network under autocast to this type.
         score: ``"accuracy"``: correct answers; ``"likelihood"``: logarithm of the label's probability;
             ``"agreement"``: the negative Kullback-Leibler divergence from the full network's probabilities, which needs
-            no labels. The last two in units of `score_unit` and at most 0; their records have ``correct`` as well.
+            no labels; ``"cosine"``: the same of networks without a classifier, cosine with the full one's outputs, less
+            1. All but the first in units of `score_unit` and at most 0; their records have ``correct`` as well.
 
     Attributes:
         num_computed: Candidates that this process has scored itself.
@@ -122,7 +128,7 @@ class Evaluator:
         self.rank, self.world, self.gather, self.next_index = rank, world, gather, next_index
         self.dtype = dtype
         self.measure, self.fine = SCORES[score], score != "accuracy"
-        self._full: list[torch.Tensor] | None = [] if score == "agreement" else None
+        self._full: list[torch.Tensor] | None = [] if score in ("agreement", "cosine") else None
         self.fingerprint = fingerprint if score == "accuracy" else f"{fingerprint} {score}"
         self.num_computed = 0
         self._sizes: list[int] | None = None  # images of each part

