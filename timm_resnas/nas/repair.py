@@ -6,6 +6,8 @@ a penalty of 1e-3 times the mean variance, on deviations from the means, in floa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 __all__ = ["Moments", "Reader", "correction"]
@@ -80,9 +82,15 @@ class Reader:
         moments: Of the units.
         weight: What reads all units, [out, units].
         bias: [out], or None: then nothing can take up the mean of what is removed, which the weights do instead.
+
+    Attributes:
+        version: Of the weight, as torch counts changes in place.
+        kept: For whoever wants to keep what `at` returned, by the number of units.
     """
 
     def __init__(self, moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.version = weight._version
+        self.kept: dict[int, Any] = {}
         self.weight, self.bias = weight.double(), None if bias is None else bias.double()
         self.mean = moments.mean
         covariance = moments.second if bias is None else moments.covariance
