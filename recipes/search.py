@@ -1,4 +1,4 @@
-"""Search a vision transformer under a compute budget: train a supernet, evolve sub-networks, export the best.
+"""Search a vision transformer under a compute budget: train a supernet, or take a pretrained model; export the best.
 
     accelerate launch recipes/search.py                                          # digits on a CPU, minutes
     accelerate launch recipes/search.py --dataset imagefolder:photos --space mini --img-size 96 --budget macs=60M
@@ -6,6 +6,7 @@
     accelerate launch recipes/search.py --search pareto --objectives macs,params
     accelerate launch recipes/search.py --latency-table latency.json --budget latency=40%   # of recipes/latency.py
     accelerate launch recipes/search.py --supernet runs/digits-micro/supernet --budget macs=30%    # nothing is trained
+    accelerate launch recipes/search.py --model vit_small_patch16_224 --dataset imagefolder:photos --budget macs=50%
 
 Three sets of images are kept apart: training, the search's own validation (cut from the training set, recorded in
 `state/data.json`) and test. Candidates are scored on the validation images with the supernet's weights; the test
@@ -34,6 +35,13 @@ a table that `recipes/latency.py` measured on this device; what is called best i
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report
 says so). Started again with the same command, a run continues where it was; the same seed and supernet give the same
 history, on any number of processes.
+
+`--model` shrinks a pretrained vision transformer of timm instead: heads and hidden units of each block. The full model
+is fine-tuned on the data (`--epochs`, 0: taken as it is), its units are ranked and its layers repaired by
+`--calibration` training images, candidates are scored by their agreement with it on images that it was not trained on
+(`--score`), and the best one is fine-tuned with the full model as its teacher (`--finetune-epochs`). The folder then
+holds `full/` and `finetune/` (stages), `supernet/` (units in order of importance), `best/`, report.md, shrunk.png and
+widths.png; a plan with the time of each stage is printed first.
 
 Errors: an unknown space or dataset, an image size that the total stride does not divide, a budget that the space
 cannot meet, classes with too few images, a supernet of other classes; each is said before anything is trained.
