@@ -25,7 +25,7 @@ from torch import nn
 
 from ..arch import Arch, ArchError, Layer, Units
 from ..models.narrow import Branch, NarrowError, Size, branches, first_units, owner_of, prunable_class
-from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, checkpoint_filter_fn, create_base
+from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, checkpoint_filter_fn, create_base, default_cfg
 from ..nas.count import count_modules
 from ..nas.elastic import zero_grads_for
 from ..nas.repair import Moments, Reader, correction
@@ -541,7 +541,7 @@ class ElasticLayer(nn.Module):
 
 @cache
 def _front(mixin: type, kind: type) -> type:
-    return type(f"Elastic{kind.__name__}", (mixin, kind), {})
+    return type(f"Elastic{kind.__name__}", (mixin, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
 class ElasticSupernet(Supernet):
@@ -734,7 +734,7 @@ def _within(space: ElasticSpace, arch: ElasticArch) -> list[list[list[int]]]:
     ]
 
 
-default_cfgs = generate_default_cfgs({"vit_elastic_supernet": base_cfg(DEFAULT_BASE, "vit_elastic_supernet")})
+default_cfgs = generate_default_cfgs({"vit_elastic_supernet": default_cfg("vit_elastic_supernet")})
 
 
 @register_model
@@ -750,10 +750,9 @@ def vit_elastic_supernet(pretrained: bool = False, space: Mapping[str, Any] | No
         kwargs["pretrained_cfg"] = base_cfg(opened.base, "vit_elastic_supernet")
 
     def build(**given: Any) -> ElasticSupernet:
-        own = {k: given[k] for k in given if k in args or k in _OF_TRAINING}
         whole = opened.largest.widths == opened.structure.widths
-        model = create_base(opened.base, None if whole else opened.largest.widths, **own)
-        return _as_supernet(model, opened.at(**{k: v for k, v in own.items() if k not in _OF_TRAINING}))
+        model = create_base(opened.base, None if whole else opened.largest.widths, **given)
+        return _as_supernet(model, opened.at(**{k: v for k, v in given.items() if k in args}))
 
     return build_model_with_cfg(
         build,

@@ -22,7 +22,7 @@ from torch import nn
 
 from .narrow import NarrowError, branches, narrow
 
-__all__ = ["DEFAULT_BASE", "base_cfg", "check_base", "create_base", "vit_elastic"]
+__all__ = ["DEFAULT_BASE", "base_cfg", "check_base", "create_base", "default_cfg", "vit_elastic"]
 
 DEFAULT_BASE = "deit_tiny_patch16_224"
 _OF_WEIGHTS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
@@ -73,7 +73,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
     return own(state_dict, model)
 
 
-default_cfgs = generate_default_cfgs({"vit_elastic": base_cfg(DEFAULT_BASE, "vit_elastic")})
+def default_cfg(architecture: str) -> dict[str, Any]:
+    """That of the default base, and where it is from."""
+    return {
+        **base_cfg(DEFAULT_BASE, architecture),
+        "pool_size": (14, 14),
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/huggingface/pytorch-image-models",
+        "paper_ids": "arXiv:2012.12877",
+        "paper_name": "Training data-efficient image transformers & distillation through attention",
+    }
+
+
+default_cfgs = generate_default_cfgs({"vit_elastic": default_cfg("vit_elastic")})
 
 
 @register_model

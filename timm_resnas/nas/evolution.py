@@ -291,7 +291,8 @@ class EvolutionSearch(Search):
         start: Sequence[Arch] = (),
     ) -> None:
         super().__init__(space, budget, seed, generations=iterations)
-        self.start = tuple(a for a in start if budget is None or not budget.check(space.costs(a)))
+        within = (a for a in start if budget is None or not budget.check(space.costs(a)))
+        self.start = tuple({arch.key(): arch for arch in within}.values())
         self.population = _count("population", population)
         self.parents = _count("parents", parents)
         self.mutations = _count("mutations", mutations, minimum=0)
@@ -319,7 +320,7 @@ class EvolutionSearch(Search):
     def _propose(self) -> list[tuple[Arch, str]]:
         taken: set[str] = set()
         if not self.history:
-            given = list({arch.key(): (arch, "start") for arch in self.start}.values())[: self.population]
+            given = [(arch, "start") for arch in self.start[: self.population]]
             taken.update(arch.key() for arch, _ in given)
             return given + self._fresh(self.population - len(given), self._sample, "initial", taken)
         parents = self.top(self.parents)
