@@ -14,7 +14,7 @@ from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.space import SearchSpace
 from .baseline import describe, verdict
 from .plots import ACCENT, save
-from .run import RunError, atomic_write, format_minutes, read_json
+from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
 __all__ = ["report"]
 
@@ -82,7 +82,7 @@ def markdown(results: dict[str, Any], table: str) -> str:
     )  # fmt: skip
     return "\n".join(
         [
-            f"# {results['model']} shrunk on {results['dataset']}",
+            f"# {short_path(results['model'])} shrunk on {results['dataset']}",
             "",
             f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} narrower "
             f"networks, scored by {results['score']} on {images['val']} images that were not trained on before. The "
@@ -91,7 +91,7 @@ def markdown(results: dict[str, Any], table: str) -> str:
             table,
             "",
             *([late, ""] if late else []),
-            f"Latency: median of interleaved rounds, batch 1, {results['conditions']}. The full model was fine-tuned "
+            f"Latency: median of interleaved rounds, {results['conditions']}. The full model was fine-tuned "
             f"for {epochs['full']} epochs on {images['train']} images; heads and hidden units were ranked, and "
             f"narrowed layers repaired in closed form, on {results['calibration']} of them. The found network was then "
             f"fine-tuned for {epochs['finetune']} epochs on {images['train'] + images['val']} images, taught by the "
@@ -164,5 +164,5 @@ def draw_widths(path: Path, results: dict[str, Any]) -> None:
         axes.bar(blocks, kept[:, column], color=BLUE, label="found")
         axes.set_xlabel("block")
         axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     save(figure, path)

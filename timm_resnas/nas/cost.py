@@ -192,7 +192,8 @@ def describe_layers(layers: Iterable[Layer]) -> str:
         shape: dict[str, list[int]] = {}
         for layer in run:
             for name, value in layer.shape:
-                shape.setdefault(name, []).append(value)
+                if not name.startswith("params_"):  # only tells layers of one form apart
+                    shape.setdefault(name, []).append(value)
         texts = [f"{n} {v[0] if len(set(v)) == 1 else ' '.join(map(str, v))}" for n, v in shape.items()]
         macs, params = (sum(getattr(layer, n) for layer in run) for n in ("macs", "params"))
         rows.append(f"| {', '.join(counts)} | {', '.join(texts)} | {macs:,} | {params:,} |")
