@@ -31,7 +31,8 @@ import timm_resnas
 from timm_resnas.data import eval_batches, eval_transform, load_splits
 from timm_resnas.engine.models import open_model
 from timm_resnas.engine.run import cli_errors, format_minutes
-from timm_resnas.families.elastic import ElasticArch, ElasticSupernet
+from timm_resnas.families.elastic import ElasticSupernet
+from timm_resnas.families.elastic_space import ElasticArch
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.evaluate import Evaluator
 from timm_resnas.nas.evolution import EvolutionSearch

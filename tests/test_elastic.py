@@ -11,7 +11,7 @@ import torch
 
 import timm_resnas
 from timm_resnas.arch import Arch, ArchError
-from timm_resnas.families.elastic import ElasticArch, ElasticSpace, hidden_choices
+from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace, hidden_choices
 from timm_resnas.models.narrow import NarrowError
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs

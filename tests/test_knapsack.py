@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from timm_resnas.families.elastic import ElasticArch, ElasticSpace
+from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
 

@@ -34,7 +34,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import timm_resnas  # noqa: F401  (registers the models)
-from timm_resnas.families.elastic import ElasticSpace
+from timm_resnas.families.elastic_space import ElasticSpace
 
 PACKAGE = "timm_resnas"
 BY_RECIPES_ONLY = {"accelerate", "datasets", "matplotlib", "pandas", "pymoo", "sklearn", "tqdm.auto", "yaml"}

@@ -30,7 +30,7 @@ from ..data import (
     train_transform,
     training_record,
 )
-from ..families.elastic import ElasticSpace
+from ..families.elastic_space import ElasticSpace
 from ..hub import load, save_pretrained
 from ..nas.evaluate import count_correct
 from ..nas.sampling import MultiArchSampler, SandwichSampler

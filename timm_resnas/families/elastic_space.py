@@ -1,0 +1,405 @@
+"""The narrower forms of a timm vision transformer: what each costs, and which there are.
+
+Costs are counted once for each base on the meta device; a network's are then sums over its layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..arch import Arch, ArchError, Layer
+from ..models.narrow import Branch, NarrowError, branches
+from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, create_base
+from ..nas.count import count_modules
+from ..nas.space import Gene, Position, SearchSpace
+
+__all__ = ["OF_TRAINING", "ElasticArch", "ElasticSpace", "check_widths", "hidden_choices"]
+
+HIDDEN_STEPS = 16  # choices of hidden units in a block
+HIDDEN_MULTIPLE = 8  # kernels are slow at odd widths
+
+Widths = tuple[tuple[int, int], ...]
+
+
+# -- what a base consists of -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Attention or MLP of a block of a base, and its cost for any number of units."""
+
+    kind: str
+    tokens: int
+    dim: int
+    count: int
+    width: int
+    whole: bool
+    runs: int  # values that each unit computes: 3 for query, key and value
+    macs: tuple[int, int]  # beside the units, and of each
+    params: tuple[int, int]
+
+    def layer(self, keep: int) -> Layer | None:
+        if keep == 0:
+            return None
+        inner = keep * self.width
+        params = self.params[0] + keep * self.params[1]
+        if self.kind == "attention":
+            shape = dict(num_heads=keep, head_dim=self.width)
+            memory = self.tokens * (3 * self.dim + (self.runs + 1) * inner)
+        else:
+            shape = dict(hidden=keep)
+            memory = self.tokens * max(3 * self.dim + 2 * self.runs * inner, 4 * self.dim + inner)
+        macs = self.macs[0] + keep * self.macs[1]
+        return Layer.of(
+            self.kind,
+            tokens=self.tokens,
+            dim=self.dim,
+            # these tell layers of one shape with and without biases, norms and gates apart
+            params_beside=self.params[0],
+            params_each=self.params[1],
+            macs=macs,
+            params=params,
+            memory=memory,
+            **shape,
+        )
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """A base at some model arguments: its branches, and the layers that stay."""
+
+    stem: Layer
+    pairs: tuple[tuple[_Branch, _Branch], ...]
+    between: tuple[tuple[int, Layer], ...]  # layers without branches, and how many blocks stand before each
+    head: Layer
+
+    @property
+    def widths(self) -> Widths:
+        return tuple((attn.count, mlp.count) for attn, mlp in self.pairs)
+
+    def order(self) -> Iterator[Layer | tuple[int, int]]:
+        """Its parts in the order of the forward; branches as (block, 0 or 1)."""
+        yield self.stem
+        for i in range(len(self.pairs) + 1):
+            yield from (layer for before, layer in self.between if before == i)
+            if i < len(self.pairs):
+                yield from ((i, 0), (i, 1))
+        yield self.head
+
+
+OF_TRAINING = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
+def _structure(base: str, model_args: Mapping[str, Any]) -> _Structure:
+    """Counted on the meta device: no weights are made.
+
+    Raises:
+        NarrowError: See `vit_elastic`; or the base refuses the arguments.
+    """
+    kept = {k: v for k, v in model_args.items() if k not in OF_TRAINING}
+    return _counted(base, json.dumps(kept, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _counted(base: str, model_args: str) -> _Structure:
+    args = json.loads(model_args)
+    try:
+        with torch.device("meta"):
+            full = create_base(base, None, **args)
+            pairs = branches(full)
+            least = tuple((a.units.count if a.whole else 1, 1) for a, _ in pairs)
+            thin = create_base(base, least, **args)
+    except NarrowError:
+        raise
+    except TypeError as e:
+        with torch.device("meta"):
+            create_base(base, None)  # a network of another kind is refused for that, not for its arguments
+        raise NarrowError(f"{base} cannot be built with {model_args:.200}: {e}") from None
+    except (ValueError, AssertionError, RuntimeError) as e:
+        raise NarrowError(f"{base} cannot be built with {model_args:.200}: {e}") from None
+    size = (args["in_chans"], *args["img_size"])
+    counts, thin_counts = count_modules(full, size), count_modules(thin, size)
+    tokens = _token_shapes(full, [b for pair in pairs for b in pair], size)
+    params = {name: p.numel() for name, p in full.named_parameters()}
+
+    def branch(b: Branch) -> _Branch:
+        count, name = b.units.count, b.units.name
+        each = 0
+        if count > 1 and not b.whole:
+            each, rest = divmod(counts[name] - thin_counts[name], count - 1)
+            assert rest == 0, name
+        own = sum(n for p, n in params.items() if b.owns(p))
+        unit = sum(params[part.param] for part in b.units.parts) // count
+        if b.whole:
+            unit = 0
+        runs = 3 if b.kind == "attention" else max(1, sum(_makes(full, b)) // (count * b.width))
+        return _Branch(
+            b.kind, *tokens[name], count, b.width, b.whole, runs,
+            (counts[name] - count * each, each), (own - count * unit, unit),
+        )  # fmt: skip
+
+    found = tuple((branch(a), branch(m)) for a, m in pairs)
+    inside = {b.block for pair in pairs for b in pair}
+    between = tuple(_between(full, inside, counts, params))
+    head = [n for n in ("norm", "fc_norm", "head", "head_dist", "attn_pool", "patch_head") if hasattr(full, n)]
+    head_params = sum(n for p, n in params.items() if p.partition(".")[0] in head)
+    head_macs = sum(counts.get(n, 0) for n in head)
+    rest = sum(layer.params for _, layer in between) + sum(
+        b.params[0] + b.count * b.params[1] for p in found for b in p
+    )
+    rest_macs = sum(layer.macs for _, layer in between) + sum(b.macs[0] + b.count * b.macs[1] for p in found for b in p)
+    n, dim = tokens[pairs[0][0].units.name]
+    stem = Layer.of(
+        "stem", tokens=n, dim=dim, in_chans=size[0], height=size[1], width=size[2],
+        macs=counts[""] - head_macs - rest_macs, params=sum(params.values()) - head_params - rest, memory=2 * n * dim,
+    )  # fmt: skip
+    ending = Layer.of("head", dim=dim, num_classes=full.num_classes, macs=head_macs, params=head_params)
+    return _Structure(stem, found, between, ending)
+
+
+def _makes(model: nn.Module, branch: Branch) -> list[int]:
+    """Rows of the weights that make the units."""
+    return [model.get_submodule(size.module).out_features for size in branch.sizes if size.attribute == "out_features"]
+
+
+def _token_shapes(model: nn.Module, found: Sequence[Branch], size: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """(tokens, channels) that each branch gets."""
+    shapes: dict[str, tuple[int, int]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, inputs: tuple) -> None:
+            x = inputs[0]  # [B, N, dim]
+            shapes[name] = math.prod(x.shape[1:-1]), x.shape[-1]
+
+        return note
+
+    handles = [model.get_submodule(b.units.name).register_forward_pre_hook(hook(b.units.name)) for b in found]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, *size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return shapes
+
+
+def _between(
+    model: nn.Module, inside: set[str], counts: Mapping[str, int], params: Mapping[str, int]
+) -> Iterator[tuple[int, Layer]]:
+    """Members of ``model.blocks`` without branches, such as spatial reductions."""
+    seen = 0
+    for name, _ in getattr(model, "blocks", nn.Module()).named_children():
+        block = f"blocks.{name}"
+        if block in inside:
+            seen += 1
+        elif not any(b.startswith(f"{block}.") for b in inside):
+            own = sum(n for p, n in params.items() if p.startswith(f"{block}."))
+            yield seen, Layer.of("block", number=int(name), macs=counts.get(block, 0), params=own)
+
+
+# -- networks and spaces -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ElasticArch(Arch):
+    """A timm vision transformer with its own heads and hidden units in each block.
+
+    Attributes:
+        base: The timm model.
+        widths: (num_heads, mlp_hidden) of each block; 0: that branch is absent.
+    """
+
+    model: ClassVar[str] = "vit_elastic"
+    base: str
+    widths: Widths
+
+    def args(self) -> dict[str, Any]:
+        """See `Arch.args`."""
+        return {"base": self.base, "widths": [list(pair) for pair in self.widths]}
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> ElasticArch:
+        """See `Arch.from_args`."""
+        try:
+            base = check_base(args.get("base", DEFAULT_BASE))
+        except NarrowError as e:
+            raise ArchError(str(e)) from None
+        widths = args.get("widths")
+        if widths is None:
+            raise ArchError("widths of vit_elastic are missing; expected [num_heads, mlp_hidden] of each block")
+        if not isinstance(widths, list | tuple) or not widths or len(widths) > 1000:
+            raise ArchError(f"widths must be a list of [num_heads, mlp_hidden], one for each block, got {widths!r:.60}")
+        for i, pair in enumerate(widths):
+            good = isinstance(pair, list | tuple) and len(pair) == 2
+            if not good or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 1 << 20 for n in pair):
+                raise ArchError(f"widths[{i}] must be [num_heads, mlp_hidden], got {pair!r:.60}")
+        return cls(base, tuple((pair[0], pair[1]) for pair in widths))
+
+    def key(self) -> str:
+        """See `Arch.key`."""
+        return "|".join(f"{heads},{hidden}" for heads, hidden in self.widths)
+
+    def layers(
+        self, img_size: Any = 224, in_chans: int = 3, num_classes: int = 1000, **model_args
+    ) -> tuple[Layer, ...]:
+        """See `Arch.layers`; ``model_args`` are the base's own."""
+        size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+        known = {"img_size": size, "in_chans": in_chans, "num_classes": num_classes, **model_args}
+        try:
+            structure = _structure(self.base, known)
+        except NarrowError as e:
+            raise ArchError(str(e)) from None
+        check_widths(self, structure.widths)
+        found = []
+        for part in structure.order():
+            layer = (
+                part
+                if isinstance(part, Layer)
+                else structure.pairs[part[0]][part[1]].layer(self.widths[part[0]][part[1]])
+            )
+            found += [] if layer is None else [layer]
+        return tuple(found)
+
+
+def check_widths(arch: ElasticArch, limit: Widths) -> None:
+    if len(arch.widths) != len(limit):
+        raise ArchError(f"{arch.base} has {len(limit)} blocks, the widths are of {len(arch.widths)}")
+    for i, (pair, most) in enumerate(zip(arch.widths, limit, strict=True)):
+        if pair[0] > most[0] or pair[1] > most[1]:
+            raise ArchError(f"block {i} has at most {most[0]} heads and {most[1]} hidden units, the widths want {pair}")
+
+
+def hidden_choices(hidden: int, steps: int = HIDDEN_STEPS) -> tuple[int, ...]:
+    """Numbers of hidden units in equal steps from all to none, in multiples of 8."""
+    multiple = HIDDEN_MULTIPLE if hidden >= steps * HIDDEN_MULTIPLE else 1
+    inner = {max(multiple, round(hidden * k / steps / multiple) * multiple) for k in range(1, steps)}
+    return (hidden, *sorted((n for n in inner if n < hidden), reverse=True), 0)
+
+
+class ElasticSpace(SearchSpace):
+    """Networks of one base that differ in heads and hidden units of each block.
+
+    Args:
+        base: The timm model.
+        choices: Of each block, numbers of heads and of hidden units, largest first; None: all numbers of heads, and
+            hidden units in 16 steps, each down to none.
+        **model_args: What the base is built with; ``img_size``, ``in_chans`` and ``num_classes`` of the base where they
+            are not given.
+
+    Raises:
+        NarrowError: The base cannot be narrowed, or refuses the arguments.
+        ValueError: The choices do not fit the base.
+    """
+
+    family = "elastic"
+    arch_type = ElasticArch
+    supernet = "vit_elastic_supernet"
+    training_args = OF_TRAINING
+
+    def __init__(
+        self, base: str = DEFAULT_BASE, choices: Sequence[Sequence[Sequence[int]]] | None = None, **model_args: Any
+    ) -> None:
+        cfg = base_cfg(base, "vit_elastic")
+        channels, height, width = cfg.get("input_size", (3, 224, 224))
+        model_args = {
+            "img_size": (height, width),
+            "in_chans": channels,
+            "num_classes": cfg.get("num_classes", 1000),
+            **model_args,
+        }
+        size = model_args["img_size"]
+        model_args["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+        self.structure = structure = _structure(base, {**model_args, "img_size": list(model_args["img_size"])})
+        self.base = base
+        if choices is None:
+            choices = [
+                ((heads, 0) if attn.whole else tuple(range(heads, -1, -1)), hidden_choices(hidden))
+                for (attn, _), (heads, hidden) in zip(structure.pairs, structure.widths, strict=True)
+            ]
+        self.choices = tuple((tuple(heads), tuple(hidden)) for heads, hidden in choices)
+        _check_choices(self.choices, structure)
+        genes = [
+            Gene(name, options, stage=i)
+            for i, pair in enumerate(self.choices)
+            for name, options in zip(("num_heads", "mlp_hidden"), pair, strict=True)
+        ]
+        super().__init__(genes, list(self._places()), model_args)
+
+    def _places(self) -> Iterator[Position]:
+        def fixed(layer: Layer) -> Position:
+            return Position((), lambda: layer)
+
+        for part in self.structure.order():
+            if isinstance(part, Layer):
+                yield fixed(part)
+            else:
+                yield Position((2 * part[0] + part[1],), self.structure.pairs[part[0]][part[1]].layer)
+
+    def choices_dict(self) -> dict[str, Any]:
+        """See `SearchSpace.choices_dict`."""
+        return {"base": self.base, "choices": self.choices}
+
+    @classmethod
+    def from_choices(cls, data: Mapping[str, Any], model_args: Mapping[str, Any]) -> ElasticSpace:
+        """See `SearchSpace.from_choices`."""
+        if unknown := sorted(set(data) - {"base", "choices"}):
+            raise ValueError(f"an elastic space has a base and choices, not {', '.join(unknown):.80}")
+        choices = data.get("choices")
+        if choices is not None:
+            _check_plain(choices)
+        return cls(data.get("base", DEFAULT_BASE), choices, **model_args)
+
+    def decode(self, rows: np.ndarray) -> list[ElasticArch]:
+        """See `SearchSpace.decode`."""
+        options = [gene.choices for gene in self.genes]
+        archs = []
+        for row in rows.tolist():
+            values = [choice[i] for choice, i in zip(options, row, strict=True)]
+            archs.append(ElasticArch(self.base, tuple(zip(values[::2], values[1::2], strict=True))))
+        return archs
+
+    def encode(self, arch: ElasticArch) -> np.ndarray:
+        """See `SearchSpace.encode`."""
+        if arch.base != self.base:
+            raise ValueError(f"the network is a {arch.base}, those of the space are {self.base}")
+        values = [n for pair in arch.widths for n in pair]
+        if len(values) != len(self.genes):
+            raise ValueError(f"networks of the space have {len(self.genes) // 2} blocks, this one {len(arch.widths)}")
+        for i, (gene, value) in enumerate(zip(self.genes, values, strict=True)):
+            if value not in gene.choices:
+                raise ValueError(
+                    f"block {i // 2}: {gene.name} {value} is not one of {', '.join(map(str, gene.choices))}"
+                )
+        return np.array([gene.choices.index(v) for gene, v in zip(self.genes, values, strict=True)], np.int8)
+
+
+def _check_plain(choices: Any) -> None:
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in values)
+
+    pairs = choices if isinstance(choices, list | tuple) else [None]
+    if not all(isinstance(p, list | tuple) and len(p) == 2 and all(map(numbers, p)) for p in pairs):
+        raise ValueError("choices of an elastic space are, for each block, numbers of heads and of hidden units")
+
+
+def _check_choices(choices: Sequence[Any], structure: _Structure) -> None:
+    if len(choices) != len(structure.pairs):
+        raise ValueError(f"the base has {len(structure.pairs)} blocks, the choices are of {len(choices)}")
+    for i, (pair, known) in enumerate(zip(choices, structure.pairs, strict=True)):
+        for options, branch in zip(pair, known, strict=True):
+            falling = all(a > b for a, b in itertools.pairwise(options))
+            if not options or not falling or options[0] > branch.count or options[-1] < 0:
+                raise ValueError(
+                    f"block {i}: choices of {branch.kind} must fall from at most {branch.count} to at least 0, "
+                    f"got {list(options)}"
+                )
+            if branch.whole and not set(options) <= {0, branch.count}:
+                raise ValueError(f"block {i}: its heads are mixed, so that all {branch.count} or none can be there")
