@@ -334,3 +334,12 @@ def test_a_search_over_a_pretrained_model_resumes():
         search = EvolutionSearch(space, budget, 0, population=10, iterations=3, parents=4, mutations=4, crossovers=4)
         search.load_state_dict(state)
     assert 20 < len(search.history) <= 26 and isinstance(Arch.from_record(search.best), ElasticArch)
+
+
+def test_networks_to_measure_hold_every_layer():
+    """A latency table of a space in which no width of the stream and no presence is drawn."""
+    from timm_resnas.nas.latency import cover_networks, measured_layers
+
+    space = ElasticSpace("test_vit", img_size=32, num_classes=7)
+    held = {layer for arch in cover_networks(space) for layer in space.layers(arch)}
+    assert set(measured_layers(space)) <= held

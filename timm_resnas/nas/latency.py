@@ -145,7 +145,7 @@ def cover_networks(space: SearchSpace) -> list[Arch]:
     rng = np.random.default_rng(0)
     kept = [_thin(len(space.genes[g].choices)) for g in widths]
     if math.prod(map(len, kept)) <= _MAX_CANDIDATES:
-        candidates = np.array(list(itertools.product(*kept)), int).reshape(-1, len(widths))
+        candidates = np.array(list(itertools.product(*kept)), int).reshape(-1 if widths else 1, len(widths))
     else:
         candidates = np.stack([rng.choice(k, _MAX_CANDIDATES) for k in kept], axis=1)
 
