@@ -35,6 +35,7 @@ from torch.testing import assert_close
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.families.elastic_space import ElasticSpace
+from timm_resnas.nas.supernet import is_supernet
 
 PACKAGE = "timm_resnas"
 BY_RECIPES_ONLY = {"accelerate", "datasets", "matplotlib", "pandas", "pymoo", "sklearn", "tqdm.auto", "yaml"}
@@ -127,14 +128,9 @@ FAMILIES = {
     ),
 }
 
-# Super-networks compute several networks in one forward, which neither TorchScript nor fx can follow
-SUPERNETS = {"vit_resnas_tiny_supernet", "vit_resnas_small_supernet", "vit_resnas_supernet", "vit_elastic_supernet"}
-
 ALL = [name for name in timm.list_models() if entry_module(name).startswith(PACKAGE + ".")]
-TRACEABLE = [name for name in ALL if name not in SUPERNETS]
 # module scope: all tests of a name run in a row and share its models
-every_name = pytest.mark.parametrize("name", TRACEABLE + [n for n in ALL if n in SUPERNETS], scope="module")
-every_traceable = pytest.mark.parametrize("name", TRACEABLE, scope="module")
+every_name = pytest.mark.parametrize("name", ALL, scope="module")
 # torch.jit warns of its end with every call
 jit = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -222,7 +218,6 @@ def test_every_family_is_known():
     assert {"vit_res_tiny", "vit_resnas_tiny", "vit_resnas_small", "vit_resnas_medium", "vit_resnas"} <= set(ALL)
     unknown = {name for name in ALL if entry_module(name).removeprefix(PACKAGE + ".") not in FAMILIES}
     assert not unknown, f"add the module of {unknown} to FAMILIES"
-    assert set(ALL) >= SUPERNETS
 
 
 _IMPORT = """
@@ -519,7 +514,7 @@ def test_other_image_sizes(name, net):
         assert resized(images(name)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in TRACEABLE if family(name).layout == "NLC"], scope="module")
+@pytest.mark.parametrize("name", [name for name in ALL if family(name).layout == "NLC"], scope="module")
 @jit
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")
 def test_dynamic_image_size(name, net):
@@ -527,7 +522,9 @@ def test_dynamic_image_size(name, net):
     with set_scriptable(True):
         model = build(name, dynamic_img_size=True)
     model.load_state_dict(net.state_dict())
-    scripted, graph, fixed = torch.jit.script(model), traced(model), copy.deepcopy(net)
+    scripted, fixed = torch.jit.script(model), copy.deepcopy(net)
+    # that timm's resampling is a leaf, fx reads in the module of the outermost forward
+    graph = traced(model.ordinary() if is_supernet(model) else model)
     side = family(name).size
     with torch.no_grad():
         for size in ((side, side), (side, 2 * side), (2 * side, side)):
@@ -542,7 +539,7 @@ def test_dynamic_image_size(name, net):
     assert not timm.models._input.get_model_input_config(model)["fixed_input_size"]
 
 
-@every_traceable
+@every_name
 @jit
 def test_torchscript(name, net):
     with set_scriptable(True):
@@ -551,6 +548,12 @@ def test_torchscript(name, net):
     scripted, x = torch.jit.script(model), images(name)
     with torch.no_grad():
         assert_close(scripted(x), net(x))
+        if is_supernet(model):  # it stays one
+            arch = model.space.smallest
+            assert_close(model(x, archs=[arch]), net(x, archs=[arch]))
+            model.set_arch(arch)
+            with pytest.raises(ValueError, match="extract"):
+                torch.jit.script(model)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -564,7 +567,7 @@ def traced(model: nn.Module) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(tracer.root, graph)
 
 
-@every_traceable
+@every_name
 @jit
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")  # speaks of GraphModule.__init__
 def test_fx_forward_and_script(name, net):
@@ -578,7 +581,7 @@ def test_fx_forward_and_script(name, net):
         assert_close(torch.jit.script(graph)(x), expected)
 
 
-@every_traceable
+@every_name
 def test_fx_backward(name, net):
     expected, expected_grads = backward(copy.deepcopy(net).train(), images(name))
     out, grads = backward(traced(copy.deepcopy(net).train()), images(name))

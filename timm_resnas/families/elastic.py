@@ -176,6 +176,15 @@ class ElasticSupernet(Supernet):
             layer.__class__ = _front(ElasticLayer, prunable_class(layer))
             layer.branch, layer.in_force, layer.reader, layer.repairing = branch, None, None, None
 
+    def ordinary(self) -> nn.Module:
+        """See `Supernet.ordinary`."""
+        net = super().ordinary()
+        for layer in [m for m in net.modules() if isinstance(m, ElasticLayer)]:
+            for name in ("branch", "in_force", "reader", "repairing"):
+                delattr(layer, name)
+            layer.__class__ = type(layer).__bases__[1]
+        return net
+
     def elastic_layers(self) -> list[ElasticLayer]:
         """All of them, in the order of `units`."""
         return [m for m in self.modules() if isinstance(m, ElasticLayer)]

@@ -6,6 +6,8 @@ layer and skips absent parts. A family mixes `Supernet` into its network's class
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,9 +27,9 @@ _MAX_CHECKED = 4096  # memory must not grow with the number of candidates
 class Supernet(nn.Module, ABC):
     """Base of supernets, in front of the class of the full network: ``class XSupernet(Supernet, X)``.
 
-    As a timm model it is the full network; `set_arch` makes `forward` compute a sub-network instead, and
-    ``net(x, archs=[...])`` computes several, each on its part of the batch. The backward pass of sub-networks gives
-    every parameter a gradient, zero where none of them uses it.
+    As a timm model it is the full network, which torch.jit.script and torch.fx take it for; `set_arch` makes `forward`
+    compute a sub-network instead, and ``net(x, archs=[...])`` computes several, each on its part of the batch. The
+    backward pass of sub-networks gives every parameter a gradient, zero where none of them uses it.
 
     Attributes:
         space: The space, at the model arguments of this network.
@@ -114,6 +116,7 @@ class Supernet(nn.Module, ABC):
         self._checked[arch.key()] = arch
         return arch
 
+    @functools.wraps(lambda self, x: None, assigned=())  # the arguments that torch.fx reads: an ordinary network's
     def forward(self, x: torch.Tensor, archs: Iterable[Any] | None = None, mode: str | None = None) -> Any:
         """Outputs in the forms of the full network's `forward`, in batch order.
 
@@ -145,6 +148,26 @@ class Supernet(nn.Module, ABC):
         if self.training or torch.is_grad_enabled():
             return self.forward_groups(h, [arch], self.modes[0])
         return self.forward_one(h, arch)
+
+    def ordinary(self) -> nn.Module:
+        """The full network in its plain class, with this one's own parameters and buffers."""
+        memo: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        memo |= {id(self.space): None, id(self._checked): None}
+        net = copy.deepcopy(self, memo)
+        for name in ("space", "active", "_checked"):
+            delattr(net, name)
+        net.__class__ = next(c for c in type(self).__mro__ if not issubclass(c, Supernet))
+        return net
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the full network.
+
+        Raises:
+            ValueError: A sub-network is in force.
+        """
+        if self.active is not None:
+            raise ValueError("TorchScript compiles a supernet as its full network; compile extract(arch) for another")
+        return self.ordinary()
 
     def extract(self, arch: Any) -> nn.Module:
         """The sub-network as a timm model with a copy of its weights, built through `timm.create_model`.
