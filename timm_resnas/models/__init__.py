@@ -1,5 +1,15 @@
 """Model families; importing a family's module registers its models with timm."""
 
-from . import cait_study, exmobilevit, reformer, sepvit, sret, uninet, vit_elastic, vit_resnas
+from . import autoformer, cait_study, exmobilevit, reformer, sepvit, sret, uninet, vit_elastic, vit_resnas
 
-__all__ = ["cait_study", "exmobilevit", "reformer", "sepvit", "sret", "uninet", "vit_elastic", "vit_resnas"]
+__all__ = [
+    "autoformer",
+    "cait_study",
+    "exmobilevit",
+    "reformer",
+    "sepvit",
+    "sret",
+    "uninet",
+    "vit_elastic",
+    "vit_resnas",
+]

@@ -22,7 +22,8 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
 
     Torch's ``FlopCounterMode`` counts, on a copy of the model on the meta device: nothing is computed, and attention
     and recurrent layers fall apart into matrix products there. Elsewhere they are fused kernels, not all of which the
-    counter knows: before torch 2.15 it counts no attention on a CPU.
+    counter knows: before torch 2.15 it counts no attention on a CPU. Attention that has a plain form beside a fused one
+    (timm's ``fused_attn``) is counted in its plain form, which is the one that papers count.
 
     Args:
         model: On any device, in any precision, training or not; it is left as it was, and so are torch's random
@@ -38,6 +39,9 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
 def count_modules(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     """As `count_macs`, for each module by its name; the network itself is ``""``. Modules without any are left out."""
     skeleton = _on_meta(model).eval()
+    for module in skeleton.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False
     try:
         with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
             skeleton(torch.empty(1, *input_size, device="meta"))
