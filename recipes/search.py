@@ -113,13 +113,13 @@ def main(argv: list[str] | None = None) -> None:
         # given as it is without being given: not shown in the name
         told = {k: None for k, v in defaults(asked).items() if getattr(asked, k) == v}
         name = run_name(dataclasses.replace(asked, **told), parts, shown=("dataset", "model", "supernet", "space"))
+        job.check_options(options)
         if options.model is not None:
             from timm_resnas.engine.shrink import shrink
 
             shrink(options, accelerator, clock, name)
             accelerator.end_training()
             return
-        job.check_options(options)
         run = Run(options, accelerator, name)
         note = None
         if options.supernet is None:

@@ -1,17 +1,27 @@
-"""Train a supernet: many sub-networks in one forward-backward pass.
+"""Train a supernet: one set of weights, many sub-networks.
 
     accelerate launch recipes/supernet.py                                     # digits, micro space, a CPU, minutes
     accelerate launch recipes/supernet.py --dataset imagefolder:photos --space mini --epochs 200 --amp bf16
     accelerate launch --multi_gpu --num_processes 8 recipes/supernet.py \
         --config recipes/configs/vit_resnas_tiny_supernet.yaml --dataset imagefolder:imagenet
     accelerate launch --multi_gpu --num_processes 2 recipes/supernet.py --cpu          # several processes on a CPU
+    accelerate launch recipes/supernet.py --step nasvit
 
-Each step cuts the batch into groups and trains one sub-network on each (paper: arXiv 2109.00642, section 3.3). The
-groups may lie in one process or in several (`--num-archs` counts them all), and go through the net at once or, to save
-memory, in `--accumulate` passes: the same sub-networks see the same images, only batch norm's statistics are those of
-a pass in its process (of all processes on CUDA, `--sync-bn`). At the start of each epoch of `--arch-warmup-epochs`
-channels are put in order of importance, moments of the optimizer along with them. With `--token-labeling` images are
-mixed by cells of the last stage's grid, and a second classifier learns what each cell shows (paper).
+`--step` says what a step trains. By default, `groups`, it cuts the batch into groups and trains one sub-network on each
+(paper: arXiv 2109.00642, section 3.3). The groups may lie in one process or in several (`--num-archs` counts them all),
+and go through the net at once or, to save memory, in `--accumulate` passes: the same sub-networks see the same images,
+only batch norm's statistics are those of a pass in its process (of all processes on CUDA, `--sync-bn`). At the start of
+each epoch of `--arch-warmup-epochs` channels are put in order of importance, moments of the optimizer along with them.
+With `--token-labeling` images are mixed by cells of the last stage's grid, and a second classifier learns what each
+cell shows (paper).
+
+`--step single` trains one sub-network at a time on the whole batch (AutoFormer, arXiv 2107.00651). `--step sandwich`
+trains `--num-archs` on the whole batch: the largest by labels or by a `--teacher`, and by its probabilities the
+smallest and others (arXiv 1903.05134). `--step nasvit` (NASViT, ICLR 2022) teaches these by AlphaNet's divergence,
+clips their gradient (`--clip-others`), and from `--project-epoch` on frees the largest network's gradient, parameter by
+parameter, of what conflicts with theirs. With either, `loss` is the largest network's, an image costs a pass through
+each network, `--accumulate` passes differ only in batch norm's statistics, and processes exchange gradients once a
+step.
 
 The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.
@@ -24,8 +34,8 @@ continues from its last checkpoint and ends with the same weights: batches, augm
 learning rate are functions of the seed and the step. Another number of processes may continue it.
 
 Errors, each said before anything is trained: an unknown space or dataset, an image size that the total stride does
-not divide, groups that do not divide the batch or the processes, options other than the run was started with. A loss
-that is not finite ends the run with the last good checkpoint in place.
+not divide, groups that do not divide the batch or the processes, options that the step rule does not have, options
+other than the run was started with. A loss that is not finite ends the run with the last good checkpoint in place.
 """
 
 import dataclasses

@@ -216,7 +216,7 @@ assert not {{"torch", "timm", "accelerate", "datasets"}} & set(sys.modules), "im
 DEFAULTS = {
     SupernetOptions: dict(
         **dict(seed=0, threads=0, amp="no", dataset="digits", val_per_class=50, val_fraction=1 / 3, epochs=12),
-        **dict(batch_size=64, num_archs=4, accumulate=1, sampler="balanced", mode="sliced", arch_warmup_epochs=12),
+        **dict(batch_size=64, num_archs=None, accumulate=1, sampler="balanced", mode="sliced", arch_warmup_epochs=12),
         **dict(lr=2e-3, min_lr=1e-5, warmup_epochs=1, warmup_lr=1e-6, weight_decay=0.05, clip_grad=None),
         **dict(decay_pos_embed=False, drop_path=0.0, smoothing=0.1, token_labeling=False, patch_weight=1.0),
         **dict(sync_bn=True, eval_every=3, checkpoint_minutes=15, checkpoint_steps=0, workers=0),

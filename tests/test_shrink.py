@@ -166,6 +166,7 @@ def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
         (["--model", "{base}/best", "--budget", "macs=1%"], "is below the smallest network of the space"),
         (["--model", "{base}/renamed", "--epochs", "0"], "has other classes than digits"),
         (["--model", "{base}/best", "--space", "micro"], "--model goes neither with --space nor with --supernet"),
+        (["--model", "{base}/best", "--step", "nasvit"], "--step nasvit is for training a supernet"),
         (["--model", "{base}/best", "--prescreen", "0.5"], "does not go with --prescreen"),
         (["--model", "{base}/best", "--budget", "latency=3ms"], "needs --latency-table"),
         (["--epochs", "0"], "--epochs 0 is for --model"),

@@ -138,6 +138,27 @@ def straight_two(runs, tmp_path_factory):
     return folder
 
 
+def test_nasvit_killed_and_continued(runs, tmp_path):
+    for part, count in (("train", 16), ("test", 2)):
+        for label, level in (("dark", 40), ("light", 160)):
+            (tmp_path / "photos" / part / label).mkdir(parents=True)
+            for i in range(count):
+                color = (level + 4 * i, level, level - 2 * i)
+                Image.new("RGB", (16, 16), color).save(tmp_path / "photos" / part / label / f"{i}.png")
+    options = ["--dataset", f"imagefolder:{tmp_path / 'photos'}", "--step", "nasvit", "--num-archs", "3"]
+    options += ["--batch-size", "8", "--val-fraction", "0.25", "--project-epoch", "1", "--clip-others", "0.5"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    runs.run(straight, *options)
+    pid = runs.start(killed, *options, "--checkpoint-steps", "1")
+    wait_for_step(killed, 4, pid)
+    runs.kill(pid)
+    runs.run(killed, *options, "--checkpoint-steps", "1")
+    assert "continues at step" in Path(f"{killed}.log").read_text()
+    assert_equal_runs(killed, straight)
+    assert [r["step"] for r in records(straight)] == [3, 6]
+    assert 0.3 < records(straight)[-1]["loss"] < 2  # the largest network's, to labels
+
+
 def first_moments(runs, folder, processes):
     """The loss of 6 steps and AdamW's running means of their gradients, by an optimizer that hardly moves the weights:
     steps of the usual size would turn rounding into other weights wherever a gradient is near zero."""
@@ -242,10 +263,17 @@ def test_token_labels_killed_and_continued(runs, tmp_path):
 
 
 class OneProcess:
-    """Of several: what a pass asks of Accelerate."""
+    """Of several: what a pass asks of Accelerate. ``sums`` are what earlier ones have given to `reduce`."""
 
-    def __init__(self, rank):
-        self.process_index = rank
+    scaler = None
+
+    def __init__(self, rank, world=1, sums=None):
+        self.process_index, self.num_processes, self.sums = rank, world, sums
+
+    def reduce(self, tensor, how):
+        assert how == "mean"
+        self.sums.append(tensor)
+        return torch.stack(self.sums).mean(0)
 
     def autocast(self):
         return contextlib.nullcontext()
@@ -294,6 +322,65 @@ def test_images_are_mixed_alike_by_processes_and_passes():
     shares = [images[1, 0, 0, 0].item() - 4 * c for c, (images, *_) in enumerate(wanted)]
     assert len(set(shares)) > 1  # each pass draws its own
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(wanted, trained_on(1, 4, 8), strict=True))
+
+
+def two_sided(argv, rank, world, sums):
+    """A training of one process that computes in double precision, its batch norm by running statistics."""
+    options = parse(SupernetOptions, [*QUICK, "--num-archs", "3", "--batch-size", "8", "--drop-path", "0", *argv])
+    space = SearchSpace.preset("micro", img_size=16)
+    torch.manual_seed(1)
+    net = timm.create_model(space.supernet, space=space.to_dict()).double().eval()
+    loop = object.__new__(supernet.SupernetTraining)
+    loop.options, loop.accelerator, loop.model = options, OneProcess(rank, world, sums), net
+    loop.task = supernet.make_task(options, net, None, torch.device("cpu"))
+    loop.sampler, loop.state = supernet.make_sampler(options, space), training.TrainState(7)
+    return loop
+
+
+@pytest.mark.parametrize("argv", [["--step", "sandwich"], ["--step", "nasvit", "--clip-others", "0.1"]])
+def test_two_sides_by_processes_and_passes(argv):
+    """Gradients of 2 x 2 and of 1 x 4 passes: those of both sides computed at once."""
+    torch.manual_seed(2)
+    images, labels = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.arange(8)
+
+    def backward(world, accumulate):
+        sums = []  # what processes give away, so that the last one finds all of it
+        for rank in range(world):
+            loop = two_sided([*argv, "--accumulate", str(accumulate)], rank, world, sums)
+            share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+            loop.backward(images[share], labels[share], 1, 0)
+        return loop, {name: p.grad for name, p in loop.model.named_parameters()}
+
+    loop, passes = backward(1, 4)
+    _, processes = backward(2, 2)
+    archs = loop.sampler.archs(1, 0)
+    assert archs[0] == loop.model.space.largest and archs[1] == loop.model.space.smallest and len(archs) == 3
+    sides = []
+    for loss in loop.task.losses(images, labels, archs):
+        loop.model.zero_grad()
+        loss.backward()
+        sides.append([p.grad.clone() for p in loop.model.parameters()])
+    wanted = loop.task.merge(*sides, 1)
+    assert any(not torch.allclose(a + b, w) for a, b, w in zip(*sides, wanted, strict=True)) is ("nasvit" in argv)
+    for (name, one), other, value in zip(passes.items(), processes.values(), wanted, strict=True):
+        torch.testing.assert_close(one, value, msg=name)
+        torch.testing.assert_close(other, value, msg=name)
+
+
+def test_a_single_sub_network_for_all_processes_and_passes():
+    seen, weight = [], torch.nn.Parameter(torch.ones(()))
+
+    def task(images, target, archs, mode):
+        seen.append(archs)
+        return {"loss": weight.sum()}
+
+    task.trainable_module = None
+    for rank in range(2):
+        loop = two_sided(["--step", "single", "--num-archs", "1", "--accumulate", "2"], rank, 2, [])
+        loop.task, loop.mix = task, None
+        loop.backward(torch.zeros(4, 3, 16, 16), torch.zeros(4), 1, rank // 2)
+    assert len(seen) == 4 and len(seen[0]) == 1 and all(archs == seen[0] for archs in seen)
+    assert loop.sampler.archs(1, 1) != seen[0]
 
 
 def test_other_ways_to_train(tmp_path, monkeypatch):
@@ -360,6 +447,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
         (["--num-archs", "6", "--accumulate", "4"], "6 cannot be dealt evenly to 1 process of 4 passes.*multiple of 4"),
         (["--batch-size", "126", "--num-archs", "4"], "--batch-size 126 is not a multiple of --num-archs 4"),
         (["--sampler", "sandwich", "--num-archs", "1"], "num_archs 1 is under 2"),
+        (["--step", "nasvit", "--num-archs", "1"], "num_archs 1 is under 2"),
+        (["--step", "single", "--num-archs", "2"], "single trains one sub-network a step, not --num-archs 2"),
+        (["--step", "nasvit", "--sampler", "sandwich"], "--sampler sandwich is for --step groups"),
+        (["--step", "sandwich", "--token-labeling"], "--token-labeling is for --step groups and single"),
+        (["--teacher", "vit_resnas_tiny"], "--teacher is for --step sandwich and nasvit"),
+        (["--step", "nasvit", "--teacher-path", "x.pt"], "--teacher-path needs --teacher"),
+        (["--step", "sandwich", "--clip-others", "1"], "--clip-others is for --step nasvit, not sandwich"),
+        (["--step", "sandwich", "--teacher", "exmobilevit_576"], "exmobilevit_576: it has no pretrained weights"),
         (["--aa", "rand-m9", "--shift", "2"], "shift takes the place of auto_augment"),
     ],
 )

@@ -44,7 +44,7 @@ from .report import report, train_command
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
 from .settings import SearchOptions
-from .supernet import SearchData, open_space
+from .supernet import SearchData, networks_per_image, open_space
 
 __all__ = [
     "check_options",
@@ -70,6 +70,11 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
+    if options.model is not None:
+        for name, default in (("step", "groups"), ("teacher", None)):
+            if (value := getattr(options, name)) != default:
+                raise RunError(f"--{name} {value} is for training a supernet; --model shrinks a model that is trained")
+        return
     if options.epochs < 1:
         raise RunError("--epochs 0 is for --model; a supernet from scratch needs at least 1")
     if options.score == "agreement":
@@ -217,7 +222,8 @@ def print_plan(options: SearchOptions, run: Run, data: SearchData, search: Searc
     typical = dict(search.budget or ()).get("macs", (least + most) / 2) / most
     candidates = options.population + (options.iterations - 1) * search.batch
     scored = candidates + (options.num_random + 1) + options.num_any_cost
-    training = epochs * train * 3 * seconds  # a step takes about three forwards
+    # a step takes about three forwards
+    training = epochs * train * 3 * seconds * networks_per_image(options, data.space)
     scoring = (scored * val + (options.num_random + 2) * test) * typical * seconds
     share = run.num_processes
     trained = f"train {epochs} epochs of {train} images ({format_minutes(training / share)}), " if epochs else ""

@@ -112,12 +112,46 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     val_fraction: float = option(1 / 3, "the same for classes of under 5 times as many", range="(0, 1)")
     epochs: int = option(12, "training epochs", range=COUNT, basic=True)
     batch_size: int = option(64, "images per step, over all processes and passes", range=COUNT, basic=True)
-    num_archs: int = option(4, "sub-networks per step, over all processes and passes", range=COUNT)
+    step: str = option(
+        "groups",
+        "what a step trains: a sub-network on each group of the batch (ViT-ResNAS), a single one (AutoFormer), on the "
+        "whole batch the largest and, taught by it, the smallest and others (sandwich), or the same with AlphaNet's "
+        "divergence and gradients freed of conflicts (nasvit)",
+        choices=("groups", "single", "sandwich", "nasvit"),
+        basic=True,
+    )
+    num_archs: int | None = option(
+        None,
+        "sub-networks per step, over all processes and passes; of sandwich and nasvit each on the whole batch "
+        "(default: 4; --step single: 1)",
+        range=COUNT,
+    )
     accumulate: int = option(1, "passes that a process cuts its part of a step into", metavar="N", range=COUNT)
     sampler: str = option(
         "balanced",
-        "sub-networks of a step: balanced draws (the paper's), or the largest, the smallest and balanced draws",
+        "of --step groups: balanced draws (the paper's), or the largest, the smallest and balanced draws",
         choices=("balanced", "sandwich"),
+    )
+    teacher: str | None = option(
+        None,
+        "what the largest network learns from in place of labels (sandwich, nasvit): a model with weights, as a name, "
+        "a folder or hf-hub:<id>",
+        metavar="MODEL",
+    )
+    teacher_path: str | None = option(None, "the teacher's weights, where its name has none", metavar="FILE")
+    temperature: float = option(1.0, "divides the teacher's logits (NASViT: 0.2)", metavar="T", range=POSITIVE)
+    clip_others: float | None = option(
+        None,
+        "largest norm of the gradient of all but the largest network (--step nasvit, default: the paper's 1; 0: any)",
+        metavar="NORM",
+        range=NOT_NEGATIVE,
+    )
+    project_epoch: int | None = option(
+        None,
+        "first epoch, from 0, in which gradients are freed of conflicts (--step nasvit, default: after a quarter, as "
+        "the paper's 101 of 400)",
+        metavar="N",
+        range=NOT_NEGATIVE,
     )
     mode: str = option(
         "sliced", "several sub-networks: each through its slices, or masked (the paper's)", choices=("sliced", "masked")

@@ -36,7 +36,7 @@ from ..nas.evaluate import count_correct
 from ..nas.sampling import MultiArchSampler, SandwichSampler
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
-from ..tasks import SupernetTask, TokenLabelLoss
+from ..tasks import NasVitTask, SandwichTask, SupernetTask, TokenLabelLoss
 from .data import (
     HASHED_IMAGES,
     augmentation,
@@ -50,12 +50,14 @@ from .processes import full_precision
 from .run import Run, RunError, read_json
 from .seeds import Stream, generator, step_seed
 from .settings import SupernetOptions
+from .train import make_teacher
 from .training import Training, check_passes
 
 __all__ = [
     "SearchData",
     "make_optimizer",
     "make_sampler",
+    "networks_per_image",
     "open_run",
     "open_space",
     "prepare",
@@ -99,7 +101,9 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
         ValueError: The data, the space, the image size or the groups cannot be used; the message says what would be
             right.
     """
-    check_passes(options, PartialState().num_processes, groups=options.num_archs)
+    check_step(options)
+    groups = num_archs(options) if options.step == "groups" else None
+    check_passes(options, PartialState().num_processes, groups=groups)
     space = open_space(options.space or "micro")
     make_sampler(options, space)
     TokenLabelLoss(patch_weight=options.patch_weight)
@@ -116,9 +120,65 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
     return SearchData(splits, space.at(img_size=size, num_classes=splits.num_classes), train, val, config)
 
 
+def check_step(options: SupernetOptions) -> None:
+    """Whether options fit the step rule.
+
+    Raises:
+        RunError: They do not.
+    """
+    step = options.step
+    if step == "single" and num_archs(options) != 1:
+        raise RunError(f"--step single trains one sub-network a step, not --num-archs {options.num_archs}")
+    if step != "groups" and options.sampler != "balanced":
+        raise RunError(f"--sampler {options.sampler} is for --step groups; --step {step} has its own draws")
+    sandwich = step in ("sandwich", "nasvit")
+    if sandwich and options.token_labeling:
+        raise RunError(f"--token-labeling is for --step groups and single; {step} trains one classifier")
+    if options.teacher is not None and not sandwich:
+        raise RunError("--teacher is for --step sandwich and nasvit, in which the largest network learns from it")
+    if options.teacher is None and options.teacher_path is not None:
+        raise RunError("--teacher-path needs --teacher, the model that the file's weights are of")
+    for name in ("clip_others", "project_epoch"):
+        if getattr(options, name) is not None and step != "nasvit":
+            raise RunError(f"--{name.replace('_', '-')} is for --step nasvit, not {step}")
+
+
+def num_archs(options: SupernetOptions) -> int:
+    """Sub-networks of a step."""
+    return options.num_archs or (1 if options.step == "single" else 4)
+
+
+def networks_per_image(options: SupernetOptions, space: SearchSpace) -> float:
+    """What a step computes of each image, at most, as a multiple of the largest network."""
+    if options.step not in ("sandwich", "nasvit"):
+        return 1.0
+    least, most = space.cost_range("macs")
+    return 1 + least / most + (num_archs(options) - 2) * (least + most) / 2 / most
+
+
 def make_sampler(options: SupernetOptions, space: SearchSpace) -> MultiArchSampler:
     """What says which sub-networks a step trains."""
-    return SAMPLERS[options.sampler](space, options.num_archs, options.seed, options.arch_warmup_epochs)
+    kind = SAMPLERS["sandwich" if options.step in ("sandwich", "nasvit") else options.sampler]
+    return kind(space, num_archs(options), options.seed, options.arch_warmup_epochs)
+
+
+def make_task(options: SupernetOptions, net: Supernet, data: SearchData, device: torch.device) -> SupernetTask:
+    """The step rule.
+
+    Raises:
+        ValueError: The teacher or the supernet does not fit it.
+    """
+    common: dict[str, Any] = dict(smoothing=options.smoothing, device=device, verbose=False)
+    if options.step in ("groups", "single"):
+        labels = dict(token_labeling=options.token_labeling, patch_weight=options.patch_weight)
+        return SupernetTask(net, **labels, **common)
+    if options.teacher is not None:
+        common.update(teacher=make_teacher(options, data).to(device), temperature=options.temperature)
+    if options.step == "sandwich":
+        return SandwichTask(net, **common)
+    clip = 1.0 if options.clip_others is None else options.clip_others
+    first = max(1, options.epochs // 4) if options.project_epoch is None else options.project_epoch
+    return NasVitTask(net, clip_others=clip, project_epoch=first, **common)
 
 
 def val_batches(data: SearchData, device: torch.device, workers: int = 0) -> EvalBatches:
@@ -141,10 +201,7 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
 
 
 class SupernetTraining(Training):
-    """Each step trains several sub-networks, each on its part of the batch.
-
-    Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv.org/abs/2109.00642, section 3.3
-    """
+    """Each step trains sub-networks by the step rule of the options."""
 
     def __init__(
         self, options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData, net: Supernet
@@ -161,8 +218,7 @@ class SupernetTraining(Training):
         )
         if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        labels = dict(token_labeling=options.token_labeling, patch_weight=options.patch_weight)
-        task = SupernetTask(net, **labels, smoothing=options.smoothing, verbose=False)
+        task = make_task(options, net, data, accelerator.device)
         self.mix = None
         if options.token_labeling:
             self.mix = TokenMix(net.num_classes, net.grids[-1], smoothing=options.smoothing)
@@ -180,9 +236,12 @@ class SupernetTraining(Training):
             self.model.sort_channels(self.optimizer)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, number: int) -> torch.Tensor:
-        """See `Training.loss`; the pass's sub-networks are its share of the step's."""
+        """See `Training.loss`; of groups the pass's sub-networks are its share of the step's."""
         options, at = self.options, self.state.step
-        archs = self.sampler.archs(epoch, step, number, self.passes)
+        if options.step == "groups":
+            archs = self.sampler.archs(epoch, step, number, self.passes)
+        else:
+            archs = self.sampler.archs(epoch, step)
         targets: Any = labels
         if self.mix is not None:  # within the pass, so that processes may share out passes as they like
             seed = step_seed(options.seed, Stream.MIX, at, number)
@@ -190,6 +249,40 @@ class SupernetTraining(Training):
         torch.manual_seed(step_seed(options.seed, Stream.DROP_PATH, at, number))
         with self.accelerator.autocast():
             return self.task(images, targets, archs=archs, mode=options.mode)["loss"]
+
+    def backward(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int) -> torch.Tensor:
+        """See `Training.backward`; where the rule has two sides, processes exchange both sides' gradients at once."""
+        if not isinstance(self.task, SandwichTask):
+            return super().backward(images, labels, epoch, step)
+        accelerator, options = self.accelerator, self.options
+        n, at = options.accumulate, self.state.step
+        archs = self.sampler.archs(epoch, step)
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        sides: list[list[torch.Tensor | None]] = [[None] * len(params) for _ in range(2)]
+        total = images.new_zeros(())
+        with accelerator.no_sync(self.task.trainable_module):
+            for i, (x, y) in enumerate(zip(images.chunk(n), labels.chunk(n), strict=True)):
+                torch.manual_seed(step_seed(options.seed, Stream.DROP_PATH, at, accelerator.process_index * n + i))
+                losses = self.task.losses(x, y, archs, options.mode)
+                for side in sides:
+                    for p, grad in zip(params, side, strict=True):
+                        p.grad = grad
+                    with accelerator.autocast():
+                        loss = next(losses) / n
+                    accelerator.backward(loss)
+                    side[:] = [p.grad for p in params]
+                    if side is sides[0]:  # the others' may be no more than what has the right gradient
+                        total += loss.detach()
+        # a parameter that one process does not use still is part of the mean
+        sides = [[torch.zeros_like(p) if g is None else g for p, g in zip(params, s, strict=True)] for s in sides]
+        if accelerator.num_processes > 1:
+            flat = accelerator.reduce(torch.cat([g.flatten() for side in sides for g in side]), "mean")
+            parts = iter(flat.split([p.numel() for p in params] * 2))
+            sides = [[next(parts).view_as(p) for p in params] for _ in sides]
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        for p, grad in zip(params, self.task.merge(*sides, epoch, scale), strict=True):
+            p.grad = grad
+        return total
 
     def validate(self) -> dict[str, float]:
         """Accuracy of reference sub-networks on the search's validation images; processes share them out."""
@@ -221,7 +314,7 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
     net = training.model
     run.print(
         f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
-        f"{options.epochs} epochs of {training.steps} steps, {options.num_archs} sub-networks per step"
+        f"{options.epochs} epochs of {training.steps} steps, {num_archs(options)} sub-networks per step"
         + (f"; continues at step {training.state.step} of {training.total}" if training.state.step else "")
     )
     training.run_epochs()

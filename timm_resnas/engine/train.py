@@ -50,7 +50,7 @@ from .seeds import Stream, step_seed
 from .settings import TrainOptions
 from .training import Training, check_passes
 
-__all__ = ["ModelTraining", "TrainData", "check_options", "finish", "learning_rate", "prepare"]
+__all__ = ["ModelTraining", "TrainData", "check_options", "finish", "learning_rate", "make_teacher", "prepare"]
 
 
 def check_options(options: TrainOptions, world: int) -> None:
@@ -222,13 +222,18 @@ def make_task(options: TrainOptions, model: nn.Module, data: TrainData, device: 
     return ClassificationTask(model, criterion_kwargs=criterion, **common)
 
 
-def make_teacher(options: TrainOptions, data: TrainData) -> nn.Module:
-    """The trained model to learn from, for the student's images."""
+def make_teacher(options: Any, data: Any) -> nn.Module:
+    """The trained model to learn from, for the student's images.
+
+    Args:
+        options: ``teacher, teacher_path, dataset``, and ``allow_pickle`` where there is one.
+        data: The student's ``splits`` and ``config``.
+    """
     teacher = open_model(
         options.teacher,
         pretrained=True,
         pretrained_path=options.teacher_path,
-        allow_pickle=options.allow_pickle,
+        allow_pickle=getattr(options, "allow_pickle", False),
         img_size=tuple(data.config["input_size"][1:]),
     )
     try:

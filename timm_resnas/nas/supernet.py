@@ -117,7 +117,9 @@ class Supernet(nn.Module, ABC):
         return arch
 
     @functools.wraps(lambda self, x: None, assigned=())  # the arguments that torch.fx reads: an ordinary network's
-    def forward(self, x: torch.Tensor, archs: Iterable[Any] | None = None, mode: str | None = None) -> Any:
+    def forward(
+        self, x: torch.Tensor, archs: Iterable[Any] | None = None, mode: str | None = None, whole: bool = False
+    ) -> Any:
         """Outputs in the forms of the full network's `forward`, in batch order.
 
         Args:
@@ -127,10 +129,12 @@ class Supernet(nn.Module, ABC):
             mode: One of `modes`. 'sliced' multiplies only each one's slices of the weights; 'masked', where a family
                 has it, computes the full network and masks channels (the paper's way). All give the same outputs and
                 gradients up to rounding.
+            whole: Compute each sub-network on the whole batch instead of a group of it. Outputs are then those of
+                ``len(archs)`` batches, one sub-network after the other; what all compute alike is computed once.
 
         Raises:
-            ValueError: The batch is not a multiple of the number of architectures, the images have another size than
-                the supernet's, or the mode is unknown.
+            ValueError: The batch is not a multiple of the number of architectures (unless ``whole``), the images have
+                another size than the supernet's, or the mode is unknown.
             ArchError: An architecture does not fit in the supernet.
         """
         if mode is not None and mode not in self.modes:
@@ -138,9 +142,12 @@ class Supernet(nn.Module, ABC):
         if archs is None:
             return super().forward(x) if self.active is None else self.forward_shared(self.shared(x))
         archs = [self.check_arch(arch) for arch in archs]
-        if not archs or x.shape[0] % len(archs):
+        if not archs or not whole and x.shape[0] % len(archs):
             raise ValueError(f"a batch of {x.shape[0]} images cannot be cut into {len(archs)} equal groups")
-        return self.forward_groups(self.shared(x), archs, mode or self.modes[0])
+        h = self.shared(x)
+        if whole:
+            h = h.repeat(len(archs), *[1] * (h.ndim - 1))
+        return self.forward_groups(h, archs, mode or self.modes[0])
 
     def forward_shared(self, h: torch.Tensor) -> Any:
         """`forward` of the active architecture from ``net.shared(x)``."""
