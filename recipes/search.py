@@ -67,6 +67,8 @@ def defaults(options: SearchOptions) -> dict[str, Any]:
         "batch_size": 32 if model else 64,
         "lr": 1e-4 if model else 2e-3,
         "val_fraction": 0.15 if model else 1 / 3,
+        "population": 60 if model else 100,  # a knapsack's networks are among them
+        "iterations": 4 if model else 6,
     }
     if model and options.search == "evolution":
         chosen["mutation_prob"] = 0.1

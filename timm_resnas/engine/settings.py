@@ -231,8 +231,12 @@ class SearchOptions(SupernetOptions):
     allow_leak: bool = option(False, "score on images that the supernet was trained on, if need be")
     latency_table: str | None = option(None, "of recipes/latency.py, for latency budgets and fronts", metavar="FILE")
     objectives: str = option("macs", "what --search pareto sets against accuracy: macs,params,memory,latency")
-    population: int = option(100, "random candidates of generation 1 (paper: 500)", range=COUNT)
-    iterations: int = option(6, "generations, the first one included (paper: 20)", range=COUNT)
+    population: int | None = option(
+        None, "random candidates of generation 1 (paper: 500; default: 100, with --model 60)", metavar="N", range=COUNT
+    )
+    iterations: int | None = option(
+        None, "generations, the first one included (paper: 20; default: 6, with --model 4)", metavar="N", range=COUNT
+    )
     parents: int = option(25, "best candidates that the next are made of (paper: 75)", range=COUNT)
     mutations: int = option(20, "mutated candidates per generation (paper: 75)", range=NOT_NEGATIVE)
     crossovers: int = option(20, "crossed candidates per generation (paper: 75)", range=NOT_NEGATIVE)

@@ -47,7 +47,7 @@ from .train import prepare as prepare_model
 __all__ = ["shrink"]
 
 POWERS = (1.0, 0.7, 0.5, 1.5)  # of the losses of single genes, in the knapsacks that a search starts from
-REPAIRED = 5  # best candidates that are repaired layer after layer before one is chosen
+REPAIRED = 3  # best candidates that are repaired layer after layer before one is chosen
 TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
 ROUNDS = 15  # of latency measurements, interleaved
 
