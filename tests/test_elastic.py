@@ -111,6 +111,56 @@ def test_gradients_of_groups_are_those_of_each_alone(name):
         torch.testing.assert_close(got, sum(parts), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "vit_resnas_tiny"])
+def test_heads_of_fewer_entries_compute_what_the_base_does_without_the_others(name, fused, tmp_path):
+    model = make(name)
+    widths = [list(own) for own in ElasticSpace(name, num_classes=7, **BASES[name]).largest.widths]
+    layers = [block.attn for block in model.modules() if hasattr(block, "attn") and hasattr(block, "mlp")]
+    kept = {i: layer.proj.in_features // layer.num_heads - 3 - i for i, layer in enumerate(layers) if i != 1}
+    state = {k: v.clone() for k, v in model.state_dict().items()}  # of the narrow one
+    with torch.no_grad():
+        for i, dim in kept.items():
+            widths[i].append(dim)
+            layer, prefix = layers[i], next(n for n, m in model.named_modules() if m is layers[i])
+            qkv = [w for w in (layer.qkv.weight, layer.qkv.bias) if w is not None]
+            for part, w in zip(("weight", "bias"), qkv, strict=False):
+                heads = w.unflatten(0, (3 * layer.num_heads, -1))
+                state[f"{prefix}.qkv.{part}"] = heads[:, :dim].flatten(0, 1)
+                heads[:, dim:] = 0
+            columns = layer.proj.weight.unflatten(1, (layer.num_heads, -1))
+            state[f"{prefix}.proj.weight"] = columns[..., :dim].flatten(1)
+    args = dict(base=name, widths=widths, num_classes=7, **BASES[name])
+    small = timm.create_model("vit_elastic", **args).eval()
+    small.load_state_dict(state)
+    for module in small.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    size = ElasticSpace(name, **BASES[name]).model_args["img_size"]
+    x = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+    arch = Arch.from_record({"model": "vit_elastic", "args": {"base": name, "widths": widths}})
+    costs = arch.costs(num_classes=7, **{**BASES[name], "img_size": size})
+    assert costs["params"] == sum(p.numel() for p in small.parameters())
+    assert costs["macs"] == count_macs(small, x.shape[1:])
+    timm_resnas.save_pretrained(small, tmp_path / "small")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), small(x))
+    with pytest.raises(ArchError, match="not head_dim"):
+        timm_resnas.elastic(small)
+
+
+def test_heads_that_keep_their_entries():
+    for name in ("eva02_tiny_patch14_224", "cait_xxs24_224"):
+        widths = [[*own, 8] for own in ElasticSpace(name, **BASES[name]).largest.widths]
+        with pytest.raises(NarrowError, match="normed, rotated or mixed"):
+            timm.create_model("vit_elastic", base=name, widths=widths, **BASES[name])
+        with pytest.raises(ArchError, match="block 0 can have"):
+            ElasticArch.from_args(dict(base=name, widths=widths)).costs(**BASES[name])
+
+
 @pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"])
 def test_saved_and_loaded_in_another_process(name, tmp_path):
     net = timm_resnas.elastic(make(name)).eval()

@@ -27,7 +27,7 @@ from ..nas.elastic import zero_grads_for
 from ..nas.repair import Moments, Reader, correction
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
-from .elastic_space import ElasticArch, ElasticSpace, check_widths
+from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
 __all__ = ["ElasticSupernet", "elastic"]
 
@@ -197,6 +197,7 @@ class ElasticSupernet(Supernet):
         """See `Supernet.check_fit`; any widths up to the largest network's fit."""
         if arch.base != self.space.base:
             raise ArchError(f"the network is a {arch.base}, the supernet a {self.space.base}")
+        check_pairs(arch)
         check_widths(arch, self.space.largest.widths)
         for i, (pair, (attn, _)) in enumerate(zip(arch.widths, self.space.structure.pairs, strict=True)):
             if attn.whole and pair[0] not in (0, attn.count):
@@ -343,9 +344,9 @@ def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
         json_plain["img_size"] = list(cfg["input_size"][1:])
     space = ElasticSpace(base, **json_plain)
     if widths is not None:
-        space = ElasticSpace(
-            base, _within(space, ElasticArch.from_args({"base": base, "widths": widths})), **json_plain
-        )
+        arch = ElasticArch.from_args({"base": base, "widths": widths})
+        check_pairs(arch)
+        space = ElasticSpace(base, _within(space, arch), **json_plain)
     net = timm.create_model(
         space.supernet, space=space.to_dict(), pretrained_cfg={**cfg, "architecture": space.supernet}
     )

@@ -23,12 +23,12 @@ from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, create_base
 from ..nas.count import count_modules
 from ..nas.space import Gene, Position, SearchSpace
 
-__all__ = ["OF_TRAINING", "ElasticArch", "ElasticSpace", "check_widths", "hidden_choices"]
+__all__ = ["OF_TRAINING", "ElasticArch", "ElasticSpace", "check_pairs", "check_widths", "hidden_choices"]
 
 HIDDEN_STEPS = 16  # choices of hidden units in a block
 HIDDEN_MULTIPLE = 8  # kernels are slow at odd widths
 
-Widths = tuple[tuple[int, int], ...]
+Widths = tuple[tuple[int, ...], ...]  # (heads, hidden units) of each block, or (heads, hidden units, head_dim)
 
 
 # -- what a base consists of -------------------------------------------------------------------------------------------
@@ -44,29 +44,32 @@ class _Branch:
     count: int
     width: int
     whole: bool
+    entries: bool  # whether heads can be of fewer entries
     runs: int  # values that each unit computes: 3 for query, key and value
     macs: tuple[int, int]  # beside the units, and of each
     params: tuple[int, int]
 
-    def layer(self, keep: int) -> Layer | None:
+    def layer(self, keep: int, head_dim: int | None = None) -> Layer | None:
         if keep == 0:
             return None
-        inner = keep * self.width
-        params = self.params[0] + keep * self.params[1]
+        width = head_dim or self.width
+        inner = keep * width
+        params_each, macs_each = (n * width // self.width for n in (self.params[1], self.macs[1]))
+        params = self.params[0] + keep * params_each
         if self.kind == "attention":
-            shape = dict(num_heads=keep, head_dim=self.width)
+            shape = dict(num_heads=keep, head_dim=width)
             memory = self.tokens * (3 * self.dim + (self.runs + 1) * inner)
         else:
             shape = dict(hidden=keep)
             memory = self.tokens * max(3 * self.dim + 2 * self.runs * inner, 4 * self.dim + inner)
-        macs = self.macs[0] + keep * self.macs[1]
+        macs = self.macs[0] + keep * macs_each
         return Layer.of(
             self.kind,
             tokens=self.tokens,
             dim=self.dim,
             # these tell layers of one shape with and without biases, norms and gates apart
             params_beside=self.params[0],
-            params_each=self.params[1],
+            params_each=params_each,
             macs=macs,
             params=params,
             memory=memory,
@@ -144,7 +147,7 @@ def _counted(base: str, model_args: str) -> _Structure:
             unit = 0
         runs = 3 if b.kind == "attention" else max(1, sum(_makes(full, b)) // (count * b.width))
         return _Branch(
-            b.kind, *tokens[name], count, b.width, b.whole, runs,
+            b.kind, *tokens[name], count, b.width, b.whole, b.entries, runs,
             (counts[name] - count * each, each), (own - count * unit, unit),
         )  # fmt: skip
 
@@ -214,7 +217,8 @@ class ElasticArch(Arch):
 
     Attributes:
         base: The timm model.
-        widths: (num_heads, mlp_hidden) of each block; 0: that branch is absent.
+        widths: (num_heads, mlp_hidden) of each block, or (num_heads, mlp_hidden, head_dim) where heads have fewer
+            entries than the base's; 0: that branch is absent.
     """
 
     model: ClassVar[str] = "vit_elastic"
@@ -238,14 +242,14 @@ class ElasticArch(Arch):
         if not isinstance(widths, list | tuple) or not widths or len(widths) > 1000:
             raise ArchError(f"widths must be a list of [num_heads, mlp_hidden], one for each block, got {widths!r:.60}")
         for i, pair in enumerate(widths):
-            good = isinstance(pair, list | tuple) and len(pair) == 2
+            good = isinstance(pair, list | tuple) and len(pair) in (2, 3)
             if not good or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 1 << 20 for n in pair):
-                raise ArchError(f"widths[{i}] must be [num_heads, mlp_hidden], got {pair!r:.60}")
-        return cls(base, tuple((pair[0], pair[1]) for pair in widths))
+                raise ArchError(f"widths[{i}] must be [num_heads, mlp_hidden], or these and head_dim, got {pair!r:.60}")
+        return cls(base, tuple(map(tuple, widths)))
 
     def key(self) -> str:
         """See `Arch.key`."""
-        return "|".join(f"{heads},{hidden}" for heads, hidden in self.widths)
+        return "|".join(",".join(map(str, own)) for own in self.widths)
 
     def layers(
         self, img_size: Any = 224, in_chans: int = 3, num_classes: int = 1000, **model_args
@@ -258,15 +262,24 @@ class ElasticArch(Arch):
         except NarrowError as e:
             raise ArchError(str(e)) from None
         check_widths(self, structure.widths)
-        found = []
+        found: list[Layer | None] = []
         for part in structure.order():
-            layer = (
-                part
-                if isinstance(part, Layer)
-                else structure.pairs[part[0]][part[1]].layer(self.widths[part[0]][part[1]])
-            )
-            found += [] if layer is None else [layer]
-        return tuple(found)
+            if isinstance(part, Layer):
+                found.append(part)
+                continue
+            block, which = part
+            branch, (*keep, head_dim) = structure.pairs[block][which], (*self.widths[block], None)[:3]
+            if which == 0 and head_dim is not None:
+                _check_head_dim(block, branch, head_dim)
+            found.append(branch.layer(keep[which], head_dim if which == 0 else None))
+        return tuple(layer for layer in found if layer is not None)
+
+
+def _check_head_dim(block: int, branch: _Branch, head_dim: int) -> None:
+    least = 1 if branch.entries else branch.width
+    if branch.count and not least <= head_dim <= branch.width:
+        allowed = f"{least} to {branch.width}" if branch.entries else f"{branch.width}, for they are normed or rotated"
+        raise ArchError(f"heads of block {block} can have {allowed} entries, got {head_dim}")
 
 
 def check_widths(arch: ElasticArch, limit: Widths) -> None:
@@ -370,6 +383,7 @@ class ElasticSpace(SearchSpace):
         """See `SearchSpace.encode`."""
         if arch.base != self.base:
             raise ValueError(f"the network is a {arch.base}, those of the space are {self.base}")
+        check_pairs(arch)
         values = [n for pair in arch.widths for n in pair]
         if len(values) != len(self.genes):
             raise ValueError(f"networks of the space have {len(self.genes) // 2} blocks, this one {len(arch.widths)}")
@@ -379,6 +393,16 @@ class ElasticSpace(SearchSpace):
                     f"block {i // 2}: {gene.name} {value} is not one of {', '.join(map(str, gene.choices))}"
                 )
         return np.array([gene.choices.index(v) for gene, v in zip(self.genes, values, strict=True)], np.int8)
+
+
+def check_pairs(arch: ElasticArch) -> None:
+    """Raises:
+    ArchError: The heads of a network have their own number of entries, which no supernet varies.
+    """
+    if any(len(own) > 2 for own in arch.widths):
+        raise ArchError(
+            "a supernet varies heads and hidden units, not head_dim; widths must be [num_heads, mlp_hidden]"
+        )
 
 
 def _check_plain(choices: Any) -> None:

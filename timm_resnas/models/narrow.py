@@ -17,7 +17,17 @@ from torch import nn
 
 from ..arch import Part, Units
 
-__all__ = ["Branch", "NarrowError", "Size", "branches", "first_units", "narrow", "owner_of", "prunable_class"]
+__all__ = [
+    "Branch",
+    "NarrowError",
+    "Size",
+    "branches",
+    "check_head_dim",
+    "first_units",
+    "narrow",
+    "owner_of",
+    "prunable_class",
+]
 
 
 class NarrowError(ValueError):
@@ -50,6 +60,7 @@ class Branch(NamedTuple):
         width: Entries of one unit where it is read: the head's dimension, or 1.
         whole: Whether the units work on each other, so that only all of them can be there, or none.
         normed: Whether a norm over the units stands before they are read; it is taken over those that are kept.
+        entries: Whether heads can be of fewer entries: those without rotary embedding and norms.
     """
 
     kind: str
@@ -60,6 +71,7 @@ class Branch(NamedTuple):
     width: int
     whole: bool
     normed: bool
+    entries: bool = False
 
     @property
     def number(self) -> str:
@@ -141,6 +153,22 @@ class Absent(nn.Module):
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """As that of Beit's attention."""
         return
+
+
+class Scaled(nn.Module):
+    """In place of a norm of queries: keeps the scale of the logits where heads have fewer entries.
+
+    Args:
+        factor: What the queries are multiplied by.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        """[...] -> [...]"""
+        return x * self.factor
 
 
 _NARROW = {EvaAttention: NarrowEvaAttention, BeitAttention: NarrowBeitAttention, ClassAttn: NarrowClassAttn}
@@ -263,7 +291,8 @@ def _attention(model: nn.Module, block: str, attn: nn.Module) -> Branch:
         table.size("", attribute, each)
     units = Units(name, attn.num_heads, tuple(table.parts))
     whole = isinstance(attn, TalkingHeadAttn)
-    return Branch("attention", block, units, tuple(table.sizes), tuple(table.buffers), width, whole, normed)
+    entries = type(attn) is Attention and not normed and isinstance(attn.k_norm, nn.Identity)
+    return Branch("attention", block, units, tuple(table.sizes), tuple(table.buffers), width, whole, normed, entries)
 
 
 def _mlp(model: nn.Module, block: str, mlp: nn.Module) -> Branch:
@@ -304,7 +333,8 @@ def narrow(model: nn.Module, widths: Sequence[Sequence[int]]) -> None:
 
     Args:
         model: See `branches`.
-        widths: ``[num_heads, mlp_hidden]`` of each block; 0: that branch is absent.
+        widths: ``[num_heads, mlp_hidden]`` or ``[num_heads, mlp_hidden, head_dim]`` of each block; 0: that branch is
+            absent.
 
     Raises:
         NarrowError: The model or the widths cannot be used; the message says where.
@@ -312,6 +342,10 @@ def narrow(model: nn.Module, widths: Sequence[Sequence[int]]) -> None:
     pairs = branches(model)
     if len(widths) != len(pairs):
         raise NarrowError(f"{type(model).__name__} has {len(pairs)} blocks, got widths of {len(widths)}")
+    for (attn, _), (_, _, *head_dim) in zip(pairs, widths, strict=True):
+        if head_dim and attn.units.count:
+            _cut_heads(model, attn, *head_dim)
+    pairs = branches(model)
     for branch, keep in _paired(pairs, widths):
         count = branch.units.count
         if keep > count or (branch.whole and 0 < keep < count):
@@ -325,7 +359,41 @@ def narrow(model: nn.Module, widths: Sequence[Sequence[int]]) -> None:
 
 def _paired(pairs: Sequence[tuple[Branch, Branch]], widths: Sequence[Sequence[int]]) -> Iterator[tuple[Branch, int]]:
     for pair, counts in zip(pairs, widths, strict=True):
-        yield from zip(pair, counts, strict=True)
+        yield from zip(pair, counts[:2], strict=True)
+
+
+def check_head_dim(branch: Branch, head_dim: int) -> None:
+    """Raises:
+    NarrowError: The heads of an attention cannot be of that many entries.
+    """
+    name, width = branch.units.name, branch.width
+    if head_dim > width or head_dim < 1:
+        raise NarrowError(f"heads of {name} have {width} entries, 1 to {width} can be kept; got {head_dim}")
+    if head_dim < width and not branch.entries:
+        raise NarrowError(f"heads of {name} are normed, rotated or mixed, so that each keeps its {width} entries")
+
+
+def _cut_heads(model: nn.Module, branch: Branch, head_dim: int) -> None:
+    """Reduce every head to its first entries."""
+    check_head_dim(branch, head_dim)
+    if head_dim == branch.width:
+        return
+    for part in branch.units.parts:
+        owner, own = owner_of(model, part.param)
+        old = getattr(owner, own)
+        new = old.unflatten(part.dim, (-1, part.width)).narrow(part.dim + 1, 0, head_dim)
+        setattr(owner, own, nn.Parameter(new.flatten(part.dim, part.dim + 1).contiguous(), old.requires_grad))
+    for size in branch.sizes:
+        if size.each % branch.width == 0:  # all but the number of heads
+            setattr(
+                model.get_submodule(size.module),
+                size.attribute,
+                branch.units.count * size.each // branch.width * head_dim,
+            )
+    attn = model.get_submodule(branch.units.name)
+    before = attn.q_norm.factor if isinstance(attn.q_norm, Scaled) else 1.0
+    attn.q_norm = Scaled(before * attn.scale * head_dim**0.5)
+    attn.head_dim, attn.scale = head_dim, head_dim**-0.5
 
 
 def _cut(model: nn.Module, branch: Branch, keep: int) -> None:

@@ -103,7 +103,8 @@ def vit_elastic(
     Args:
         pretrained: Load weights: those of a folder or repository, for there are no others.
         base: The timm model, such as ``"vit_small_patch16_224"``.
-        widths: ``[num_heads, mlp_hidden]`` of each block of the base; 0: that branch is absent. None: the base's.
+        widths: ``[num_heads, mlp_hidden]`` or ``[num_heads, mlp_hidden, head_dim]`` of each block of the base; 0: that
+            branch is absent. None: the base's.
         **kwargs: The base's own arguments.
 
     Raises:
