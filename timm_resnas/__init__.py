@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from .arch import Arch, ArchError
     from .families.elastic import elastic
     from .hub import load, push, save_pretrained
+    from .models.vit_tokens import reduce_tokens
 
-__all__ = ["Arch", "ArchError", "__version__", "elastic", "load", "push", "save_pretrained"]
+__all__ = ["Arch", "ArchError", "__version__", "elastic", "load", "push", "reduce_tokens", "save_pretrained"]
 
 _HOMES = {
     **dict.fromkeys(("Arch", "ArchError"), "arch"),
     "elastic": "families.elastic",
     **dict.fromkeys(("load", "push", "save_pretrained"), "hub"),
+    "reduce_tokens": "models.vit_tokens",
 }
 
 

@@ -1,6 +1,6 @@
 """Model families; importing a family's module registers its models with timm."""
 
-from . import autoformer, cait_study, exmobilevit, reformer, sepvit, sret, uninet, vit_elastic, vit_resnas
+from . import autoformer, cait_study, exmobilevit, reformer, sepvit, sret, uninet, vit_elastic, vit_resnas, vit_tokens
 
 __all__ = [
     "autoformer",
@@ -12,4 +12,5 @@ __all__ = [
     "uninet",
     "vit_elastic",
     "vit_resnas",
+    "vit_tokens",
 ]

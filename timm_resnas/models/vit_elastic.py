@@ -5,7 +5,7 @@ export are those of the base. `timm_resnas.elastic` finds the widths.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -22,9 +22,19 @@ from torch import nn
 
 from .narrow import NarrowError, branches, narrow
 
-__all__ = ["DEFAULT_BASE", "base_cfg", "check_base", "create_base", "default_cfg", "vit_elastic"]
+__all__ = [
+    "DEFAULT_BASE",
+    "base_cfg",
+    "check_base",
+    "create_base",
+    "default_cfg",
+    "filter_of",
+    "vit_elastic",
+    "without_weights",
+]
 
 DEFAULT_BASE = "deit_tiny_patch16_224"
+_NO_BASES = ("vit_elastic", "vit_tokens")
 _OF_WEIGHTS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
 
 
@@ -32,19 +42,23 @@ def check_base(base: Any) -> str:
     """The name of a base, if it is one.
 
     Raises:
-        NarrowError: It is not the name of a registered model, or is that of an elastic one.
+        NarrowError: It is not the name of a registered model, or is that of one that has a base itself.
     """
     name = split_model_name_tag(base)[0] if isinstance(base, str) else None
-    if name is None or not is_model(name) or name.startswith("vit_elastic") or name.endswith("_supernet"):
+    if name is None or not is_model(name) or name.startswith(_NO_BASES) or name.endswith("_supernet"):
         raise NarrowError(f"base must be the name of a vision transformer that timm knows, got {base!r:.80}")
     return base
+
+
+def without_weights(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without where weights are found."""
+    return {k: v for k, v in cfg.items() if k not in _OF_WEIGHTS}
 
 
 def base_cfg(base: str, architecture: str) -> dict[str, Any]:
     """Preprocessing and layer names of the base, without its weights, as the configuration of another architecture."""
     cfg = get_pretrained_cfg(check_base(base))
-    kept = {k: v for k, v in (cfg.to_dict() if cfg else {}).items() if k not in _OF_WEIGHTS}
-    return {**kept, "architecture": architecture}
+    return {**without_weights(cfg.to_dict() if cfg else {}), "architecture": architecture}
 
 
 def create_base(base: str, widths: Sequence[Sequence[int]] | None, **kwargs: Any) -> nn.Module:
@@ -68,9 +82,13 @@ def create_base(base: str, widths: Sequence[Sequence[int]] | None, **kwargs: Any
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Resamples what depends on the image size, as the base's module does."""
-    home = next(m for m in type(model).__mro__ if m.__module__.startswith(("timm.", "timm_resnas.models.")))
-    own = getattr(sys.modules[home.__module__], "checkpoint_filter_fn", vision_transformer.checkpoint_filter_fn)
-    return own(state_dict, model)
+    return filter_of(type(model))(state_dict, model)
+
+
+def filter_of(kind: type[nn.Module]) -> Callable[..., Mapping[str, Any]]:
+    """The checkpoint filter of the module that a class or its parent is from."""
+    home = next(c for c in kind.__mro__ if c.__module__.startswith(("timm.", "timm_resnas.models.")))
+    return getattr(sys.modules[home.__module__], "checkpoint_filter_fn", vision_transformer.checkpoint_filter_fn)
 
 
 def default_cfg(architecture: str) -> dict[str, Any]:
