@@ -52,7 +52,7 @@ class ConvUnit(nn.Module):
         self.bn = nn.BatchNorm2d(out_chans, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class LinearPatchEmbed(nn.Module):
@@ -99,7 +99,7 @@ class ConvPatchEmbed(nn.Module):
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Input of :attr:`projection`, [B, mid, H/2, W/2]; channels last, so that the projection yields tokens."""
-        x = self.conv1(x).contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         return x + self.conv3(self.conv2(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,8 @@ class SpatialReduction(nn.Module):
             pos_embed = resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=False)
         shortcut, x = x, self.norm(x)
         tokens = self.token_transform(x[:, : self.num_prefix_tokens])
-        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :], grid)).flatten(2).transpose(1, 2)
+        patches = self.to_map(x[:, self.num_prefix_tokens :], grid).contiguous()  # as the weight lies in memory
+        patches = self.patch_reduce(patches).flatten(2).transpose(1, 2)
         x = torch.cat([tokens, patches + pos_embed], dim=1)
 
         pooled = F.avg_pool2d(self.to_map(shortcut[:, self.num_prefix_tokens :], grid), 2).flatten(2).transpose(1, 2)
