@@ -4,13 +4,16 @@
     accelerate launch recipes/train.py --model runs/digits-micro/best --dataset digits          # from scratch
     accelerate launch recipes/train.py --model runs/digits-micro/best --pretrained --lr 2e-4    # inherited weights
     accelerate launch recipes/train.py --model runs/photos/best --pretrained --img-size 128 --dataset imagefolder:photos
+    accelerate launch recipes/train.py --model runs/photos/best --pretrained --dataset imagefolder:photos \
+        --reduce-tokens ats --reduce-kwargs max_tokens=0.7
     accelerate launch --multi_gpu --num_processes 8 recipes/train.py \
         --config recipes/configs/vit_resnas_tiny.yaml --dataset imagefolder:imagenet
 
 `recipes/configs/` has a file for each model, with its paper's numbers. What there is: timm's augmentations, optimizers
 and schedules; learning rate by batch size (`--lr-base`), layer-wise decay of it; gradient clipping and accumulation;
 weight averaging (`--ema`); drop path; Mixup and CutMix, or token-level mixing with token labels (`--mix token`); a
-teacher (`--teacher`, `--distill`); several recursion depths at once (`--recursions`); batches of several image sizes
+teacher (`--teacher`, `--distill`); several recursion depths at once (`--recursions`); fewer tokens in a timm ViT
+(`--reduce-tokens`: DynamicViT with its losses and learning rates, ATS, PatchMerger); batches of several image sizes
 (`--multi-scale`); fine-tuning at another resolution (`--img-size`, position embeddings are resampled); bf16 and fp16;
 one process or many.
 

@@ -229,6 +229,10 @@ SHRUNK = {
     ],
     "exmobilevit": ["--img-size", "64", "--multi-scale", "64", "96"],
     "cait": ["--model", "cait_study", "--img-size", "32", "--model-kwargs", "embed_dim=24", "depth=2", "num_heads=2"],
+    "dynamicvit": [
+        *("--model", "deit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "patch_size=8", "embed_dim=24"),
+        *("depth=4", "num_heads=2"),
+    ],
     "digits": ["--img-size", "32"],
     "fashion_mnist": ["--img-size", "32"],
 }
@@ -488,6 +492,33 @@ def test_several_depths(images, tmp_path):
     assert math.isfinite(records(folder)[0]["loss"])
 
 
+SMALL_VIT = ["--model", "deit_tiny_patch16_224", "--img-size", "32", "--model-kwargs"]
+SMALL_VIT += ["patch_size=8", "depth=4", "embed_dim=24", "num_heads=2"]
+
+
+@pytest.mark.parametrize("method", ["ats", "patchmerger", "dynamicvit"])
+def test_fewer_tokens(method, images, tmp_path):
+    plain = run(tmp_path, "plain", images, *SMALL_VIT) / "best"
+    given = ["--model", str(plain), "--model-kwargs", "--pretrained", "--img-size", "32", "--reduce-tokens", method]
+    given += ["--freeze-epochs", "1", "--epochs", "2"] if method == "dynamicvit" else []
+    folder = run(tmp_path, "run", images, *given)
+    net = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True)
+    assert net.method == method and net.pretrained_cfg["architecture"] == "vit_tokens"
+    assert results(folder)["macs"] < results(plain.parent)["macs"] or method == "ats"
+    old, new = weights(plain), weights(folder / "best")
+    moved = {key for key in old if not torch.equal(old[key], new[key])}
+    if method != "dynamicvit":
+        assert moved == set(old)
+        return
+    # a hundredth of the learning rate, in the second epoch; tokens and positions never
+    assert set(old) - moved == {"cls_token", "pos_embed"}
+    # a folder of one goes on as one, and only its predictors at first
+    again = run(tmp_path, "again", images, "--model", str(folder), "--model-kwargs", "--pretrained", "--img-size", "32")
+    first = weights(again / "best")
+    moved = {key for key in new if not torch.equal(new[key], first[key])}
+    assert moved and all(key.startswith("score_predictor.") for key in moved)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -563,6 +594,13 @@ def refused(capsys, tmp_path, *given):
         (["--recursions", "1", "--mix", "none"], "has no set_mixed_depth"),
         (["--model", "test_resnet", "--model-kwargs"], "unexpected keyword argument 'patch_head'"),
         (["--multi-scale", "16", "32", "--mix", "none"], "one image size"),
+        (["--reduce-kwargs", "keep_ratios=0.5"], "--reduce-kwargs needs --reduce-tokens"),
+        (["--reduce-tokens", "dynamicvit"], "starts from trained weights: give --pretrained or --pretrained-path"),
+        (["--reduce-tokens", "ats"], "--reduce-tokens ats on vit_resnas: .* has its own forward"),
+        (
+            [*SMALL_VIT, "--mix", "none", "--reduce-tokens", "ats", "--reduce-kwargs", "a=1"],
+            "unexpected keyword argument 'a'",
+        ),
     ],
 )
 def test_options_that_do_not_fit(given, message, tmp_path, capsys):

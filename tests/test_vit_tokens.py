@@ -16,9 +16,11 @@ from torch.testing import assert_close
 
 import timm_resnas
 from timm_resnas.arch import attention, mlp
-from timm_resnas.models import token_reduction
-from timm_resnas.models.token_reduction import METHODS, TokenError, at_most, reduce_in_place, sample, unreduced
+from timm_resnas.models import token_layers, token_reduction
+from timm_resnas.models.token_layers import at_most, sample
+from timm_resnas.models.token_reduction import METHODS, TokenError, reduce_in_place, unreduced
 from timm_resnas.nas.count import count_macs
+from timm_resnas.tasks import DynamicViTTask, dynamicvit_groups
 
 SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
 
@@ -89,6 +91,70 @@ def test_dynamicvit_trains_as_released(golden, monkeypatch):
         assert torch.equal(decision, tensors[f"train/keep_decision_{s}"])
 
 
+class Recorded(nn.Module):
+    """A teacher whose answers are known."""
+
+    def __init__(self, tokens, logits):
+        super().__init__()
+        self.tokens, self.logits = tokens, logits
+
+    def forward_features(self, x):
+        return F.pad(self.tokens, (0, 0, 1, 0))
+
+    def forward_head(self, x):
+        return self.logits
+
+
+def test_dynamicvit_losses_and_gradients_as_released(golden, monkeypatch):
+    tensors, model = golden_dynamicvit(golden)
+    golden_noise(monkeypatch, tensors)
+    task = DynamicViTTask(model, criterion_kwargs=dict(soft_targets=True), verbose=False).train()
+    task.teacher = Recorded(tensors["train/teacher_tokens"], tensors["train/teacher_logits"])
+    found = task(tensors["input"], tensors["train/soft_labels"])
+    found["loss"].backward()
+    expected = {
+        "task_loss": tensors["train/loss_cls"][0],
+        "ratio_loss": tensors["train/loss_ratio_sum"][0] / 3,
+        "kd_loss": tensors["train/loss_cls_kl"][0],
+        "token_loss": tensors["train/loss_token"][0],
+        "loss": tensors["train/loss_total"][0],
+    }
+    assert_close({k: found[k].detach() for k in expected}, expected, rtol=1e-5, atol=1e-6)
+    for key, gradient in tensors.items():
+        if key.startswith("train/grad/"):
+            own = model.get_parameter(key.removeprefix("train/grad/")).grad
+            assert_close(own, gradient, rtol=1e-4, atol=1e-6)
+    kept = [found[f"kept_{s}"] for s in range(3)]
+    assert_close(torch.stack(kept), torch.stack([tensors[f"train/keep_decision_{s}"].mean() for s in range(3)]))
+
+
+def test_dynamicvit_trains_from_the_network_that_it_was():
+    base = make("deit_tiny_patch16_224", drop_path_rate=0.5)
+    model = timm_resnas.reduce_tokens(base)
+    task = DynamicViTTask(model, verbose=False).train()
+    x = images(base)
+    assert not task.teacher.training and task.trainable_module.training
+    assert torch.equal(task.teacher(x), base(x))
+    groups = dynamicvit_groups(model, 0.3, 0.01)
+    names = {id(p): n for n, p in model.named_parameters()}
+    scale = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
+    decay = {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+    assert set(names.values()) - set(scale) == {"pos_embed", "cls_token"}
+    assert scale["score_predictor.2.out_conv.0.weight"] == 1 and scale["blocks.3.mlp.fc1.weight"] == 0.01
+    assert decay["score_predictor.0.in_conv.0.weight"] == decay["head.bias"] == 0 and decay["head.weight"] == 0.3
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        task(x, torch.tensor([0, 1, 2]))["loss"].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+    assert torch.equal(task.teacher(x), base(x)) and not torch.equal(unreduced(model)(x), base(x))
+    with pytest.raises(RuntimeError, match="eval mode"):
+        task.eval()(x, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="VisionTransformer has no predictors; make one by"):
+        DynamicViTTask(base)
+
+
 def test_ats_evaluates_as_released(golden, monkeypatch):
     tensors, config, state = read(golden("ats_a"))
     model = golden_vit(config, "ats", blocks=config["ats_blocks"])
@@ -127,7 +193,7 @@ VIT_PYTORCH = {  # its names of a ViT's layers, and timm's
 
 def test_patchmerger_evaluates_as_released(golden):
     tensors, config, state = read(golden("patchmerger_a"))
-    merger = token_reduction.PatchMerger(config["embed_dim"], config["num_tokens"])
+    merger = token_layers.PatchMerger(config["embed_dim"], config["num_tokens"])
     merger.load_state_dict({k.rpartition("merger.")[2]: v for k, v in state.items() if "patch_merger" in k})
     with torch.inference_mode():
         assert_close(merger(tensors["merger_input"]), tensors["merger_output"], rtol=1e-5, atol=1e-6)
@@ -168,7 +234,7 @@ BASES = {
         "vit_small_patch14_reg4_dinov2": dict(img_size=28, patch_size=7),
         "vit_base_patch16_siglip_224": {},
         "vit_tiny_patch16_224": dict(img_size=(32, 40), qk_norm=True, init_values=0.1),
-        "vit_elastic": dict(widths=[[2, 96], [0, 192], [3, 0], [1, 64]]),
+        "vit_elastic": dict(widths=[[2, 96, 16], [0, 192], [3, 0], [1, 64]]),
     }.items()
 }
 WITH_CLASS_TOKEN = [n for n in BASES if n not in ("vit_little_patch16_reg4_gap_256", "vit_base_patch16_siglip_224")]
@@ -293,7 +359,7 @@ def test_dropped_tokens_are_as_masked_ones(name, monkeypatch):
         return F.one_hot((~there).long(), 2).to(score)
 
     monkeypatch.setattr(F, "gumbel_softmax", best)
-    monkeypatch.setattr(token_reduction, "EPS", 0.0)  # what the released code adds while it trains
+    monkeypatch.setattr(token_layers, "EPS", 0.0)  # what the released code adds while it trains
     model.train()
     with torch.inference_mode():
         out = model(x)

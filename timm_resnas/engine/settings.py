@@ -297,6 +297,30 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True)
+class ReduceOptions:
+    """fewer tokens"""
+
+    reduce_tokens: str | None = option(
+        None,
+        "drop or merge tokens of a timm ViT: DynamicViT's predictors, with its losses (from trained weights); ATS; "
+        "PatchMerger",
+        choices=("dynamicvit", "ats", "patchmerger"),
+        basic=True,
+    )
+    reduce_kwargs: list[str] = option(
+        [],
+        "options of the method: locations=[3,6,9] keep_ratios=0.7, max_tokens=98, …",
+        metavar="NAME=VALUE",
+        nargs="*",
+    )
+    ratio_weight: float = option(2.0, "DynamicViT: of the shares that are kept", metavar="X", range=NOT_NEGATIVE)
+    backbone_lr: float = option(0.01, "DynamicViT: learning rate of all but the predictors, a share", range=SHARE)
+    freeze_epochs: int = option(
+        5, "DynamicViT: epochs in which only predictors are trained", metavar="N", range=NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
 class MixOptions:
     """mixing"""
 
@@ -317,7 +341,7 @@ class MixOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(
-    CheckpointOptions, TeacherOptions, MixOptions, AugmentOptions, DataOptions, ModelOptions, RunOptions
+    CheckpointOptions, TeacherOptions, ReduceOptions, MixOptions, AugmentOptions, DataOptions, ModelOptions, RunOptions
 ):
     """training"""
 

@@ -39,7 +39,16 @@ from ..data import (
     train_transform,
 )
 from ..hub import save_pretrained
-from ..tasks import HardLabelDistillationTask, MixedDepthTask, SoftLabelDistillationTask, TokenLabelingTask
+from ..models.token_reduction import DynamicViT
+from ..models.vit_tokens import reduce_tokens
+from ..tasks import (
+    DynamicViTTask,
+    HardLabelDistillationTask,
+    MixedDepthTask,
+    SoftLabelDistillationTask,
+    TokenLabelingTask,
+    dynamicvit_groups,
+)
 from .baseline import describe, score_baseline, verdict
 from .data import augmentation, cached_parts, cut_validation, image_pair, open_splits, without_background
 from .evaluate import evaluate, format_scores
@@ -75,6 +84,10 @@ def check_options(options: TrainOptions, world: int) -> None:
         raise RunError("--teacher and --mix token do not go together; take --mix mixup or none")
     if options.recursions and (options.teacher is not None or options.mix == "token"):
         raise RunError("--recursions goes neither with --teacher nor with --mix token")
+    if options.reduce_kwargs and options.reduce_tokens is None:
+        raise RunError("--reduce-kwargs needs --reduce-tokens, the method that they are of")
+    if options.reduce_tokens == "dynamicvit" and not (options.pretrained or options.pretrained_path):
+        raise RunError("--reduce-tokens dynamicvit starts from trained weights: give --pretrained or --pretrained-path")
     if options.streaming and (options.val_per_class or options.multi_scale):
         other = (
             "--val-per-class 0: no validation images can be cut from it" if options.val_per_class else "one image size"
@@ -125,8 +138,16 @@ def prepare(options: TrainOptions, run: Run) -> tuple[nn.Module, TrainData]:
     for note in splits.notes:
         run.print(f"note: {note}")
     model = create_model(options, splits.num_classes)
+    fits = True
     if options.pretrained or options.pretrained_path:
-        start_from_classes(model, splits, options, run)
+        fits = start_from_classes(model, splits, options, run)
+    if options.reduce_tokens == "dynamicvit" and not fits:
+        raise RunError(
+            f"{options.model} was trained on other classes than those of {options.dataset}; a DynamicViT learns from "
+            f"the network that it starts from: fine-tune that on this data first"
+        )
+    if options.reduce_tokens is not None:
+        model = reduced(model, options)
     config = data_config(options, splits, train, model)
     if options.multi_scale and model.pretrained_cfg.get("fixed_input_size"):
         raise RunError(
@@ -162,16 +183,35 @@ def create_model(options: TrainOptions, num_classes: int) -> nn.Module:
     return model
 
 
-def start_from_classes(model: nn.Module, splits: Splits, options: TrainOptions, run: Run) -> None:
-    """Bring a loaded classifier into the data's order of classes; one of other classes is initialised."""
+def reduced(model: nn.Module, options: TrainOptions) -> nn.Module:
+    """The model with fewer tokens.
+
+    Raises:
+        RunError: The method or its options do not fit the model.
+    """
+    torch.manual_seed(step_seed(options.seed, Stream.WEIGHTS, 1))  # predictors, a merger
+    try:
+        return reduce_tokens(model, options.reduce_tokens, **parse_kwargs("--reduce-kwargs", options.reduce_kwargs))
+    except (TypeError, ValueError) as e:
+        raise RunError(f"--reduce-tokens {options.reduce_tokens} on {options.model}: {e}") from None
+
+
+def start_from_classes(model: nn.Module, splits: Splits, options: TrainOptions, run: Run) -> bool:
+    """Bring a loaded classifier into the data's order of classes; one of other classes is initialised.
+
+    Returns:
+        Whether it was trained on the data's classes, as far as the model tells.
+    """
     if class_names_of(model) is None:
-        return
+        return model.pretrained_cfg["num_classes"] == splits.num_classes
     try:
         align_classes(model, splits.class_names, options.model, options.dataset)
     except ValueError:
         if model.num_classes == splits.num_classes:
             model.reset_classifier(splits.num_classes)
             run.print(f"note: {options.model} was trained on other classes; its classifier is initialised")
+        return False
+    return True
 
 
 def data_config(options: TrainOptions, splits: Splits, train: list[int] | None, model: nn.Module) -> dict[str, Any]:
@@ -198,6 +238,13 @@ def make_task(options: TrainOptions, model: nn.Module, data: TrainData, device: 
     """
     criterion = dict(soft_targets=True) if options.mix != "none" else dict(smoothing=options.smoothing)
     common: dict[str, Any] = dict(device=device, verbose=False)
+    if isinstance(model, DynamicViT):
+        if options.teacher is not None or options.recursions or options.mix == "token":
+            raise RunError(
+                f"{options.model} is trained as a DynamicViT, whose teacher is itself with all of its tokens: without "
+                f"--teacher, --recursions and --mix token"
+            )
+        return DynamicViTTask(model, criterion_kwargs=criterion, ratio_weight=options.ratio_weight, **common)
     if options.teacher is not None:
         common["temperature"] = options.temperature
         teacher = make_teacher(options, data).to(device)
@@ -318,7 +365,16 @@ def make_optimizer(options: TrainOptions, model: nn.Module) -> torch.optim.Optim
         RunError: The optimizer refuses its arguments.
     """
     groups = None
-    if options.decay_pos_embed or options.layer_decay is not None:
+    if isinstance(model, DynamicViT):
+        if options.decay_pos_embed or options.layer_decay is not None:
+            raise RunError(
+                "a DynamicViT has learning rates of its own, and frozen positions: leave out --layer-decay and "
+                "--decay-pos-embed"
+            )
+        groups = functools.partial(
+            dynamicvit_groups, weight_decay=options.weight_decay, backbone_scale=options.backbone_lr
+        )
+    elif options.decay_pos_embed or options.layer_decay is not None:
         spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
         if options.decay_pos_embed:
             spared = {name for name in spared if not name.endswith("pos_embed")}
@@ -383,6 +439,13 @@ class ModelTraining(Training):
         images, target = self.mix(images, labels, seed, epoch < self.options.epochs - self.options.mix_off_epochs)
         with self.accelerator.autocast():
             return self.task(images, target)["loss"]
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int) -> torch.Tensor:
+        """See `Training.step`; all but a DynamicViT's predictors stand still at first."""
+        for group in self.optimizer.param_groups:
+            if group.get("backbone"):
+                group["lr_scale"] = 0.0 if epoch < self.options.freeze_epochs else self.options.backbone_lr
+        return super().step(images, labels, epoch, step)
 
     def validate(self) -> dict[str, float]:
         """Top-1 accuracy of the weights, raw and averaged."""

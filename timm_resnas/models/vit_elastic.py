@@ -30,7 +30,6 @@ __all__ = [
     "default_cfg",
     "filter_of",
     "vit_elastic",
-    "without_weights",
 ]
 
 DEFAULT_BASE = "deit_tiny_patch16_224"
@@ -50,15 +49,11 @@ def check_base(base: Any) -> str:
     return base
 
 
-def without_weights(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without where weights are found."""
-    return {k: v for k, v in cfg.items() if k not in _OF_WEIGHTS}
-
-
 def base_cfg(base: str, architecture: str) -> dict[str, Any]:
     """Preprocessing and layer names of the base, without its weights, as the configuration of another architecture."""
     cfg = get_pretrained_cfg(check_base(base))
-    return {**without_weights(cfg.to_dict() if cfg else {}), "architecture": architecture}
+    kept = {k: v for k, v in (cfg.to_dict() if cfg else {}).items() if k not in _OF_WEIGHTS}
+    return {**kept, "architecture": architecture}
 
 
 def create_base(base: str, widths: Sequence[Sequence[int]] | None, **kwargs: Any) -> nn.Module:

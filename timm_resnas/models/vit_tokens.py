@@ -15,7 +15,7 @@ from torch import nn
 
 from .narrow import narrow
 from .token_reduction import METHODS, TokenError, reduce_in_place
-from .vit_elastic import DEFAULT_BASE, base_cfg, check_base, default_cfg, filter_of, without_weights
+from .vit_elastic import DEFAULT_BASE, base_cfg, check_base, default_cfg, filter_of
 
 __all__ = ["reduce_tokens", "vit_tokens"]
 
@@ -59,7 +59,7 @@ def reduce_tokens(model: nn.Module, method: str = "dynamicvit", **options: Any) 
         base = own.pop("base", DEFAULT_BASE)
     model = reduce_in_place(copy.deepcopy(model), method, **options)
     model._model_args = {**model._model_args, **own, "base": base, "method": method, **model.options()}
-    model.pretrained_cfg = model.default_cfg = {**without_weights(cfg), "architecture": "vit_tokens"}
+    model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": "vit_tokens"}
     return model
 
 

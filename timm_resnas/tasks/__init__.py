@@ -5,8 +5,10 @@ from .mixed_depth import MixedDepthTask
 from .sandwich import AlphaDivergence, NasVitTask, SandwichTask, merge_gradients
 from .supernet import SupernetTask
 from .token_labeling import TokenLabelingTask, TokenLabelLoss
+from .token_reduction import DynamicViTTask, dynamicvit_groups
 
 __all__ = [
+    "DynamicViTTask",
     "AlphaDivergence",
     "HardLabelDistillationTask",
     "MixedDepthTask",
@@ -16,5 +18,6 @@ __all__ = [
     "SupernetTask",
     "TokenLabelLoss",
     "TokenLabelingTask",
+    "dynamicvit_groups",
     "merge_gradients",
 ]
