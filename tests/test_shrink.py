@@ -1,6 +1,7 @@
 """search.py --model: a trained timm ViT is shrunk, whatever interrupts it."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -158,9 +159,28 @@ def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_narrower_networks_trained_at_once_and_killed(runs, tmp_path):
+    """One training for all sizes: random cuts of a model that knew nothing answer better than by chance."""
+    given = ["--epochs", "0", "--finetune-epochs", "0", "--checkpoint-steps", "4", "--iterations", "1"]
+    given += ["--elastic-epochs", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.run(whole, *given)
+    pid = runs.start(killed, *given)
+    wait_until(lambda: any((killed / "elastic" / "state").glob("training/*")), pid, f"{killed}.log")
+    runs.kill(pid)
+    runs.run(killed, *given)
+    assert history_of(killed) == history_of(whole) and results_of(killed) == results_of(whole)
+    assert np.mean([r["test"] for r in results_of(whole)["random"]]) > 0.2 * 360
+    net = timm_resnas.load(whole / "elastic" / "supernet")
+    assert net.space.smallest.widths[0] == (0, 0)  # what was not trained can be searched as well
+    assert results_of(whole)["epochs"] == {"full": 0, "elastic": 2, "finetune": 0}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--model", "{base}/best", "--elastic-epochs", "1", "--num-archs", "1"], "--num-archs 1 is too few"),
+        (["--elastic-epochs", "1"], "--elastic-epochs is for --model"),
         (["--model", "{base}/convnet"], "ConvNeXt has no blocks of attention and MLP"),
         (["--model", "vit_resnas_tiny"], "no pretrained weights"),
         (["--model", "{base}/best", "--budget", "macs=1%"], "is below the smallest network of the space"),
@@ -183,8 +203,9 @@ def test_wrong_input_is_one_message_before_any_work(given, message, base, tmp_pa
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_the_benchmark_of_shrinking(base, tmp_path, capsys):
+def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):
     """Rows for each budget; what costs the same and is repaired is nearer to the full model."""
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)  # not installed
     argv = ["--model", str(base / "best"), "--calibrate", "digits", "--probe", "digits", "--budgets", "60"]
     benchmark_shrink.main(
         [

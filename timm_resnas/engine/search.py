@@ -75,6 +75,8 @@ def check_options(options: SearchOptions) -> None:
             if (value := getattr(options, name)) != default:
                 raise RunError(f"--{name} {value} is for training a supernet; --model shrinks a model that is trained")
         return
+    if options.elastic_epochs:
+        raise RunError("--elastic-epochs is for --model; a supernet from scratch is trained for --epochs")
     if options.epochs < 1:
         raise RunError("--epochs 0 is for --model; a supernet from scratch needs at least 1")
     if options.score == "agreement":

@@ -188,6 +188,13 @@ class SearchOptions(SupernetOptions):
         8, "epochs that a shrunk network is fine-tuned, taught by the full one, at a fifth of --lr; 0: none",
         range=NOT_NEGATIVE, basic=True,
     )  # fmt: skip
+    elastic_epochs: int = option(
+        0,
+        "epochs that narrower networks of --model are trained at once, with the full one and taught by it, before the "
+        "search: then one run serves every budget",
+        metavar="N",
+        range=NOT_NEGATIVE,
+    )
     calibration: int = option(
         512, "training images by which a model's units are ranked and its layers repaired", metavar="N", range=COUNT
     )

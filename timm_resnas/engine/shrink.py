@@ -24,6 +24,7 @@ import timm_resnas
 from ..arch import Arch
 from ..data import EvalBatches, eval_batches, eval_transform
 from ..families.elastic import ElasticSupernet, elastic
+from ..families.elastic_space import ElasticSpace
 from ..hub import save_pretrained
 from ..nas.cost import Budget
 from ..nas.count import count_macs
@@ -32,6 +33,7 @@ from ..nas.evolution import rank_key
 from ..nas.knapsack import alone, knapsack, losses, uniform
 from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
+from ..nas.supernet import Supernet
 from ..nas.timing import Conditions, measure
 from .baseline import score_baseline
 from .models import class_names_of, open_model
@@ -41,6 +43,7 @@ from .search import FINALISTS, distinct_points, fingerprint, make_budget, make_s
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
 from .shrink_report import report
+from .supernet import SearchData, num_archs, train_supernet
 from .train import ModelTraining, TrainData
 from .train import prepare as prepare_model
 
@@ -49,6 +52,7 @@ __all__ = ["shrink"]
 POWERS = (1.0, 0.7, 0.5, 1.5)  # of the losses of single genes, in the knapsacks that a search starts from
 REPAIRED = 3  # best candidates that are repaired layer after layer before one is chosen
 TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
+LEAST_TRAINED = 4  # times as many units are in the full network's layers as in the smallest one's of --elastic-epochs
 ROUNDS = 15  # of latency measurements, interleaved
 
 
@@ -85,6 +89,8 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     # 2. heads and hidden units in order of importance, layers repaired for any number of them
     images = _calibration(options, data, accelerator.device)
     net = elastic(full).eval()
+    if options.elastic_epochs:
+        net = _train_elastic(options, accelerator, run.part("elastic"), net, data, images).eval()
     net.calibrate(images.split(64))
     if run.is_main and not (run / "supernet").exists():
         save_pretrained(net, run / "supernet", label_names=data.splits.class_names, data_config=data.config)
@@ -156,6 +162,8 @@ def _prepare(options: SearchOptions, run: Run) -> tuple[nn.Module, TrainData, bo
     """The model with its weights, for the data's classes; the data; whether its own classes are the data's."""
     if options.supernet is not None or options.space is not None:
         raise RunError("--model goes neither with --space nor with --supernet: its own widths are the space")
+    if options.elastic_epochs and num_archs(options) < 2:
+        raise RunError("--elastic-epochs trains the full network and narrower ones at once; --num-archs 1 is too few")
     if options.prescreen or options.search == "pareto" and options.score != "accuracy":
         other = "--prescreen" if options.prescreen else "--search pareto (add --score accuracy)"
         raise RunError(f"--score {options.score}, the finer one of --model, does not go with {other}")
@@ -192,6 +200,23 @@ def _calibration(options: SearchOptions, data: TrainData, device: torch.device) 
     rng = generator(options.seed, Stream.CALIBRATION)
     chosen = rng.permutation(np.asarray(data.train))[: options.calibration]
     return torch.cat([x for x, _ in _batches(options, data, data.splits.train, device, chosen.tolist())])
+
+
+def _train_elastic(
+    options: SearchOptions,
+    accelerator: Accelerator,
+    run: Run,
+    net: ElasticSupernet,
+    data: TrainData,
+    images: torch.Tensor,
+) -> Supernet:
+    """Narrower networks trained at once by the sandwich rule, the full one by labels and the others by its answers."""
+    net.calibrate(images.split(64), repair=False)
+    choices = [[[n for n in gene if n * LEAST_TRAINED >= gene[0]] for gene in pair] for pair in net.space.choices]
+    space = ElasticSpace(net.space.base, choices, **net.space.model_args)
+    sandwich = dataclasses.replace(options, step="sandwich", epochs=options.elastic_epochs, arch_warmup_epochs=0)
+    given = SearchData(data.splits, space, data.train, data.val, data.config)
+    return train_supernet(sandwich, accelerator, run, given, net)
 
 
 def _evaluator(
@@ -397,7 +422,7 @@ def _compare(
         "space_size": float(net.space.size()),
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.splits.test)},
         "calibration": len(images),
-        "epochs": {"full": options.epochs, "finetune": options.finetune_epochs},
+        "epochs": {"full": options.epochs, "elastic": options.elastic_epochs, "finetune": options.finetune_epochs},
         "candidates": len(search.history),
         "best": {k: v for k, v in choice["best"].items() if k != "seconds"},
         "finalists": choice["finalists"],
@@ -427,6 +452,9 @@ def _print_plan(
     probes, calibration = len(alone(space)), min(options.calibration, train)
     stages = {
         f"fine-tune the full model, {options.epochs} epochs of {train} images": options.epochs * train * 3 * each,
+        f"train {num_archs(options)} networks at once, {options.elastic_epochs} epochs of {train} images": (
+            options.elastic_epochs * train * 3 * each * (1.25 + (num_archs(options) - 2) * 0.625)
+        ),
         f"rank units and prepare repair on {calibration} images": calibration * 4 * each,
         f"score {probes} networks with one layer narrowed on {val} images": probes * val * each,
         f"search, up to {candidates} candidates": candidates * val * limit * each,
@@ -441,5 +469,7 @@ def _print_plan(
         f"{train} images to train on, {val} to score candidates on, {test} to test; budget {budget or 'none'}\nplan:"
     )
     for text, seconds in stages.items():
+        if not seconds:
+            continue
         run.print(f"  {format_minutes(seconds):>7}  {text}")
     run.print(f"  {format_minutes(sum(stages.values())):>7}  in all, by the speed of the full model")

@@ -77,6 +77,11 @@ def markdown(results: dict[str, Any], table: str) -> str:
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
     images, epochs = results["images"], results["epochs"]
+    together = (
+        f"narrower networks were trained with it at once for {epochs['elastic']} epochs, taught by it; "
+        if epochs["elastic"]
+        else ""
+    )
     late = "" if results["kept_latency"] else (
         "**None of the finalists keeps the latency limit when measured end to end**; the fastest was taken."
     )  # fmt: skip
@@ -92,10 +97,10 @@ def markdown(results: dict[str, Any], table: str) -> str:
             "",
             *([late, ""] if late else []),
             f"Latency: median of interleaved rounds, {results['conditions']}. The full model was fine-tuned "
-            f"for {epochs['full']} epochs on {images['train']} images; heads and hidden units were ranked, and "
-            f"narrowed layers repaired in closed form, on {results['calibration']} of them. The found network was then "
-            f"fine-tuned for {epochs['finetune']} epochs on {images['train'] + images['val']} images, taught by the "
-            f"full model. Even and random cuts are repaired, not fine-tuned.",
+            f"for {epochs['full']} epochs on {images['train']} images; {together}heads and hidden units were ranked, "
+            f"and narrowed layers repaired in closed form, on {results['calibration']} of them. The found network was "
+            f"then fine-tuned for {epochs['finetune']} epochs on {images['train'] + images['val']} images, taught by "
+            f"the full model. Even and random cuts are repaired, not fine-tuned.",
             "",
             "![test accuracy against MACs](shrunk.png)",
             "",

@@ -201,11 +201,18 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
 
 
 class SupernetTraining(Training):
-    """Each step trains sub-networks by the step rule of the options."""
+    """Each step trains sub-networks by the step rule of the options; see `train_supernet`."""
 
     def __init__(
-        self, options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData, net: Supernet
+        self,
+        options: SupernetOptions,
+        accelerator: Accelerator,
+        run: Run,
+        data: SearchData,
+        net: Supernet,
+        sort: bool = True,
     ) -> None:
+        self.sort = sort
         loader = train_loader(
             data.splits.train.select(data.train),
             train_transform(data.config, **augmentation(options, data.splits, tuple(data.config["input_size"][1:]))),
@@ -232,7 +239,7 @@ class SupernetTraining(Training):
 
     def begin_epoch(self, epoch: int) -> None:
         """Channels are put in order of importance while choices open."""
-        if epoch <= self.options.arch_warmup_epochs:
+        if self.sort and epoch <= self.options.arch_warmup_epochs:
             self.model.sort_channels(self.optimizer)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, number: int) -> torch.Tensor:
@@ -298,19 +305,29 @@ class SupernetTraining(Training):
         return {name: round(gathered[name], 5) for name in self.references}
 
 
-def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData) -> Supernet:
+def train_supernet(
+    options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData, net: Supernet | None = None
+) -> Supernet:
     """Train the supernet, or load it where the run has it already. Ends with the folder `supernet/`.
+
+    Args:
+        options: Of the training.
+        accelerator: See `Training`.
+        run: Where it is kept.
+        data: Its space is that of the sub-networks that steps train.
+        net: One that has weights, with its channels in order; data.space is then a part of its space. None: a new one.
 
     Raises:
         RunError: Options do not fit each other, or the loss is not finite.
     """
+    sort, space = net is None, data.space if net is None else net.space
     if (run / "supernet").exists():
         net = load(run / "supernet")
-        if not isinstance(net, Supernet) or net.space != data.space:
+        if not isinstance(net, Supernet) or net.space != space:
             raise RunError(f"{run / 'supernet'} is not the supernet of this run; remove it, or give this run a --name")
         run.print(f"supernet: trained before, {run / 'supernet'}")
         return net.to(accelerator.device)
-    training = SupernetTraining(options, accelerator, run, data, create_supernet(options, data))
+    training = SupernetTraining(options, accelerator, run, data, net or create_supernet(options, data), sort)
     net = training.model
     run.print(
         f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
@@ -320,7 +337,7 @@ def train_supernet(options: SupernetOptions, accelerator: Accelerator, run: Run,
     training.run_epochs()
     training.share_buffers()
     if accelerator.is_main_process:
-        info = {"space": data.space.to_dict(), "dataset": options.dataset, "seed": options.seed}
+        info = {"space": space.to_dict(), "dataset": options.dataset, "seed": options.seed}
         small = len(data.splits.train) <= HASHED_IMAGES
         seen = training_record(data.splits.train, data.val, content_hashes(data.splits.train) if small else None)
         with full_precision(net):
