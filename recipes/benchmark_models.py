@@ -5,6 +5,10 @@ The models take turns, so that a busy machine slows all of them alike: read the 
     python recipes/benchmark_models.py sret_tiny sret_tiny_unsliced --baseline deit_tiny_patch16_224
     python recipes/benchmark_models.py exmobilevit_928 --baseline mobilevit_s --img-size 256
     python recipes/benchmark_models.py sret_small --baseline deit_small_patch16_224 --device cuda --amp-dtype bfloat16
+    python recipes/benchmark_models.py deit_small_patch16_224 "vit_tokens base=deit_small_patch16_224 keep_ratios=0.7" \
+        "vit_tokens base=deit_small_patch16_224 method=ats blocks=[3,6,9] max_tokens=0.7"
+
+A model is its name, and its arguments where they are not the default ones, as one text.
 
 Prints, per model: parameters, MACs at batch 1 (convolutions, linear layers, attention products), median images per
 second with the slowest and fastest round, and the ratio of medians to the baseline. `--json` writes the same to a file.
@@ -20,12 +24,16 @@ import timm
 import torch
 
 import timm_resnas  # noqa: F401  (registers the models)
+from timm_resnas.engine.models import parse_kwargs
+from timm_resnas.engine.run import cli_errors
 from timm_resnas.nas.count import count_macs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Interleaved inference benchmark of timm models.")
-    parser.add_argument("models", nargs="+", help="names that timm.create_model knows")
+    parser.add_argument(
+        "models", nargs="+", help="names that timm.create_model knows, and arguments: 'name key=value …'"
+    )
     parser.add_argument("--baseline", help="model that ratios refer to (default: the first one)")
     parser.add_argument("--img-size", type=int, help="side of the images (default: each model's own)")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -49,9 +57,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(name: str, img_size: int | None, batch_size: int, device: torch.device):
+def build(text: str, img_size: int | None, batch_size: int, device: torch.device):
+    name, *given = text.split()
     fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-    kwargs = dict(img_size=img_size) if img_size and fixed else {}
+    kwargs = parse_kwargs(text, given) | (dict(img_size=img_size) if img_size and fixed else {})
     model = timm.create_model(name, device=device, **kwargs).eval().requires_grad_(False)
     if img_size and not fixed and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(img_size, img_size))  # or position embeddings would be resampled in each call
@@ -124,4 +133,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors("benchmark_models.py"):
+        main()

@@ -2,6 +2,7 @@
 
     python recipes/benchmark_shrink.py --model dinov2_vits14 --calibrate imagefolder:calib --probe imagefolder:probe \
         --img-size 112
+    python recipes/benchmark_shrink.py --model dinov2_vits14 --tokens 0.9 0.7 0.5 --probe imagefolder:probe
 
 Everything is decided on the images of `--calibrate`; the table is of those of `--probe`, which hold other pictures.
 Networks are ranked by the cosine of their features (of the class token, or pooled) with the full model's. Rows, for
@@ -12,6 +13,10 @@ hidden units and no heads, its units in order of their magnitude or of what they
 With the package torch-pruning installed, its pruners cut heads and hidden units to the same MACs (the largest share
 that stays within the budget): by group magnitude, and by the group Taylor criterion of the loss of a logistic
 regression on the calibration images' own labels; layer by layer, and ranked over layers of a kind (isomorphic).
+
+With `--tokens 0.9 0.7 0.5` the rows are of fewer tokens instead, and nothing is calibrated: at three blocks, to each
+share, its square and its cube, by ATS and by DynamicViT's predictors as they are initialised (that is, at random; drawn
+anew for each seed); and ATS with its own numbers. MACs are those of the first `--held` images, for ATS their mean.
 
 Probe: test accuracy of a logistic regression on the features, over splits of the probe's images (mean ± deviation over
 `--seeds`; random widths are drawn anew for each).
@@ -34,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas
 from timm_resnas.data import eval_batches, eval_transform, load_splits
@@ -54,7 +60,7 @@ POWERS = (1.0, 0.7, 0.5, 1.5)
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a timm name, a folder or hf-hub:<id>, with weights")
-    parser.add_argument("--calibrate", required=True, help="images that everything is decided on: imagefolder:<dir>, …")
+    parser.add_argument("--calibrate", help="images that everything is decided on: imagefolder:<dir>, …")
     parser.add_argument("--probe", required=True, help="images, in classes, that the table is of")
     parser.add_argument("--img-size", type=int, help="side of the images (default: the model's)")
     parser.add_argument("--budgets", type=float, nargs="*", default=[75, 60, 45], help="percent of the MACs")
@@ -62,8 +68,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, default=64, help="further images that networks are ranked on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=60, help="networks that a search scores")
+    parser.add_argument("--tokens", type=float, nargs="+", metavar="SHARE", help="fewer tokens instead: shares")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tokens is None and args.calibrate is None:
+        parser.error("--calibrate is missing; only --tokens needs none")
+    return args
 
 
 def tensors(dataset: str, config: dict[str, Any], limit: int | None = None) -> tuple[torch.Tensor, np.ndarray]:
@@ -118,6 +128,42 @@ class Table:
         print(f"| {name} | {share:.1%} | {spread(cosines)} | {spread(accuracies)} |", flush=True)
 
 
+def write(path: Path | None, table: Table, seconds: dict[str, float]) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"rows": table.rows, "seconds": seconds}, indent=1) + "\n")
+
+
+def fewer_tokens(model: nn.Module, table: Table, shares: list[float], images: torch.Tensor) -> None:
+    """Rows of token reduction, without training."""
+    whole = macs_of(model, images[:1])
+
+    def add(name: str, models: list[nn.Module]) -> None:
+        table.add(name, macs_of(models[0], images) / whole, models)
+
+    for ratio in shares:
+        drawn = []
+        for seed in table.seeds:
+            torch.manual_seed(seed)
+            drawn.append(timm_resnas.reduce_tokens(model, "dynamicvit", keep_ratios=ratio))
+        places = drawn[0].locations
+        add(f"{ratio:g}, random predictors", drawn)
+        add(f"{ratio:g}, ATS", [timm_resnas.reduce_tokens(model, "ats", blocks=places, max_tokens=ratio)])
+    add("ATS, its own numbers there", [timm_resnas.reduce_tokens(model, "ats", blocks=places)])
+    add("ATS, in every block from there", [timm_resnas.reduce_tokens(model, "ats")])
+
+
+def macs_of(model: nn.Module, images: torch.Tensor) -> float:
+    """Multiply-accumulates of an image, mean over these, each alone."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():  # fused kernels are not counted on a CPU
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for x in images.split(1):
+            plain(x)
+    return counter.get_total_flops() / 2 / len(images)
+
+
 def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}" if np.std(values) > 0 else f"{values[0]:.3f}"
 
@@ -132,6 +178,12 @@ def main(argv: list[str] | None = None) -> None:
         config = timm.data.resolve_model_data_config(model)
         if size:
             config["input_size"] = (config["input_size"][0], *size)
+        if args.tokens:
+            x, y = tensors(args.probe, config)
+            table = Table(features(model, x), x, y, args.seeds)
+            fewer_tokens(model, table, args.tokens, x[: args.held])
+            write(args.json, table, {})
+            return
         images, labels = tensors(args.calibrate, config, args.images + args.held)
         images, held, labels = images[: args.images], images[args.images :], labels[: args.images]
         x, y = tensors(args.probe, config)
@@ -180,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         print()
         for what, seconds in spent.items():
             print(f"{format_minutes(seconds):>7}  {what}")
-        if args.json:
-            args.json.write_text(json.dumps({"rows": table.rows, "seconds": spent}, indent=1) + "\n")
+        write(args.json, table, spent)
 
 
 def pruners(model: nn.Module, images: torch.Tensor, labels: np.ndarray) -> dict[str, Callable]:

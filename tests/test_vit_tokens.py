@@ -5,16 +5,19 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.testing import assert_close
 
 import timm_resnas
+from recipes import benchmark_shrink
 from timm_resnas.arch import attention, mlp
 from timm_resnas.models import token_layers, token_reduction
 from timm_resnas.models.token_layers import at_most, sample
@@ -543,3 +546,24 @@ def test_other_wrong_input():
         timm_resnas.reduce_tokens(VisionTransformer(**BASES["deit_tiny_patch16_224"]))
     with pytest.raises(ValueError, match="those of vit_tokens change"):
         timm_resnas.reduce_tokens(model).forward_intermediates(images(model), attn_mask=torch.ones(17, 17))
+
+
+def test_the_benchmark_of_fewer_tokens(tmp_path, capsys):
+    timm_resnas.save_pretrained(make("deit_tiny_patch16_224"), tmp_path / "base")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)):
+        (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+    given = ["--model", str(tmp_path / "base"), "--probe", f"imagefolder:{tmp_path / 'images'}", "--tokens", "0.5"]
+    given += ["--seeds", "2", "--held", "4"]
+    benchmark_shrink.main([*given, "--json", str(tmp_path / "rows")])
+    rows = {r["network"]: r for r in json.loads((tmp_path / "rows").read_text())["rows"]}
+    assert list(rows) == [
+        *("full model", "0.5, random predictors", "0.5, ATS", "ATS, its own numbers there"),
+        "ATS, in every block from there",
+    ]
+    drawn = rows["0.5, random predictors"]["cosine"]
+    assert drawn[0] != drawn[1] and max(drawn) < rows["ATS, its own numbers there"]["cosine"][0] < 1
+    assert rows["0.5, ATS"]["macs"] < rows["ATS, its own numbers there"]["macs"] < 1.1
+    with pytest.raises(SystemExit):
+        benchmark_shrink.main(["--model", str(tmp_path / "base"), "--probe", "digits"])
+    assert "--calibrate is missing; only --tokens needs none" in capsys.readouterr().err

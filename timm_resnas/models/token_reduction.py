@@ -308,8 +308,7 @@ class DynamicViT(TokenReduction):
                 f"keep_ratios must be shares of the patches in (0, 1], one for each of the {len(self.locations)} "
                 f"locations, none higher than the one before; got {keep_ratios!r:.60}"
             )
-        if self.locations:
-            _check_blocks(self, range(self.locations[0], depth), self.method, (Attention, Absent))
+        _check_blocks(self, range(self.locations[0], depth), self.method, (Attention, Absent))
         _check_pool(self, self.method)
         self.keep_ratios = [float(r) for r in ratios]
         dd = get_device_dtype(self)
@@ -396,8 +395,9 @@ class DynamicViT(TokenReduction):
 class AdaptiveTokenSampling(TokenReduction):
     """Attention of some blocks asks only for tokens that matter to the class token; how many is the image's own number.
 
-    It has no parameters and needs no training. Its multiply-accumulates depend on the image; counted without data
-    (`timm_resnas.nas.count`), they are the most that `max_tokens` allows.
+    It has no parameters and needs no training. As its shapes depend on the image, it is neither scripted, traced nor
+    exported, and its multiply-accumulates counted without data (`timm_resnas.nas.count`) are the most that
+    ``max_tokens`` allows.
     """
 
     method = "ats"
