@@ -190,6 +190,9 @@ class ExMobileVit(ByobNet):
         if self.shortcuts is None:
             return x
         size = x.shape[-2:]
+        if not torch.jit.is_scripting():
+            if torch.jit.is_tracing():
+                size = [int(side) for side in size]  # torch's older ONNX exporter pools to sizes known in advance
         maps: list[torch.Tensor] = []
         for i, shortcut in enumerate(self.shortcuts):
             if self.widths[i] > 0:
