@@ -17,7 +17,15 @@ from ..arch import ArchError
 from ..models.network_def import Block, NetworkDef, Reduction
 from ..models.vit_resnas import SpatialReduction, TransformerBlock, VitResNas, _cfg, checkpoint_filter_fn
 from ..nas.elastic import elastic_layer_norm, elastic_linear, masked_layer_norm, zero_grads_for
-from ..nas.packs import Pack, attend, by_width, classify, embed_patches, pre_norm_block, pre_norm_block_one
+from ..nas.packs import (
+    Pack,
+    by_width,
+    classify,
+    embed_patches,
+    masked_pre_norm_block,
+    pre_norm_block,
+    pre_norm_block_one,
+)
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.units import Units, pre_norm_units
@@ -143,9 +151,9 @@ class VitResNasSupernet(Supernet, VitResNas):
                 continue
             args = (block, x, keep, next(masks), next(masks), next(masks))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._masked_block, *args)
+                x = checkpoint(masked_pre_norm_block, *args)
             else:
-                x = self._masked_block(*args)
+                x = masked_pre_norm_block(*args)
         x = masked_layer_norm(x, keep, self.norm.weight, self.norm.bias, self.norm.eps).flatten(0, 1)
         if self.num_classes <= 0:
             x = x[..., : archs[0].head.dim]
@@ -170,19 +178,6 @@ class VitResNasSupernet(Supernet, VitResNas):
         channel = torch.arange(max(sizes), device=like.device)
         for size, width in zip(sizes, widths, strict=True):
             yield (channel[:size] < width).to(self.pos_embed.dtype)
-
-    def _masked_block(self, block: TransformerBlock, x, keep, heads, hidden, branch) -> torch.Tensor:
-        attn, mlp = block.attn, block.mlp
-        groups = (len(x), -1)
-        y = masked_layer_norm(x, keep, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-        y = attend(attn.qkv(y).flatten(0, 1), attn.head_dim, attn.attn_drop.p if self.training else 0.0)
-        y = attn.proj(y.unflatten(0, groups) * heads.to(y.dtype)).flatten(0, 1)
-        x = torch.addcmul(x, block.drop_path1(attn.proj_drop(y)).unflatten(0, groups), branch)
-
-        y = masked_layer_norm(x, keep, block.norm2.weight, block.norm2.bias, block.norm2.eps)
-        y = mlp.drop1(mlp.act(mlp.fc1(y)).mul_(hidden))
-        y = mlp.drop2(mlp.fc2(y)).flatten(0, 1)
-        return torch.addcmul(x, block.drop_path2(y).unflatten(0, groups), branch)
 
     def _masked_reduce(self, block: SpatialReduction, x, keep, out) -> torch.Tensor:
         prefix = block.num_prefix_tokens

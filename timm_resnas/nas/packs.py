@@ -4,14 +4,14 @@ A batch is cut into equal contiguous groups, each with an architecture. Groups t
 one tensor, a `Pack`; each layer multiplies only each group's slice of its weight, see `elastic_linear`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .elastic import elastic_layer_norm, elastic_linear, zero_grads_for
+from .elastic import Widths, elastic_layer_norm, elastic_linear, masked_layer_norm, zero_grads_for
 
 __all__ = [
     "BlockWidths",
@@ -20,6 +20,7 @@ __all__ = [
     "by_width",
     "classify",
     "embed_patches",
+    "masked_pre_norm_block",
     "pre_norm_block",
     "pre_norm_block_one",
     "take",
@@ -82,13 +83,39 @@ def embed_patches(x: torch.Tensor, projection: nn.Conv2d, dims: Sequence[int]) -
     return [Pack(groups, x) for groups, x in zip(members.values(), xs, strict=True)]
 
 
-def pre_norm_block(block: nn.Module, packs: list[Pack], widths: Sequence[BlockWidths]) -> list[Pack]:
+def self_attention(attn: nn.Module, xs: list[torch.Tensor], dims: Widths, heads: Widths) -> list[torch.Tensor]:
+    """timm's ``Attention``, its output projection included, on packs whose groups differ in channels of all heads."""
+    ys = elastic_linear(xs, attn.qkv.weight, attn.qkv.bias, dims, heads, parts=3)
+    ys = [attend(y, attn.head_dim, attn.attn_drop.p if attn.training else 0.0) for y in ys]
+    return elastic_linear(ys, attn.proj.weight, attn.proj.bias, heads, dims)
+
+
+def self_attention_one(attn: nn.Module, x: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+    """As `self_attention` of one group, without gradients. [B, N, dim]"""
+    weight = attn.qkv.weight.unflatten(0, (3, -1))[:, :width, :dim].flatten(0, 1)
+    x = F.linear(x, weight, attn.qkv.bias.unflatten(0, (3, -1))[:, :width].flatten())
+    return F.linear(attend(x, attn.head_dim, 0.0), attn.proj.weight[:dim, :width], attn.proj.bias[:dim])
+
+
+def masked_self_attention(attn: nn.Module, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """As `self_attention` on ``[groups, images, tokens, channels]``; ``heads`` masks the channels of all heads."""
+    y = attend(attn.qkv(x).flatten(0, 1), attn.head_dim, attn.attn_drop.p if attn.training else 0.0)
+    return attn.proj(y.unflatten(0, (len(x), -1)) * heads.to(y.dtype))
+
+
+def pre_norm_block(
+    block: nn.Module,
+    packs: list[Pack],
+    widths: Sequence[BlockWidths],
+    attention: Callable[..., list[torch.Tensor]] = self_attention,
+) -> list[Pack]:
     """One transformer block on the groups in which it is present.
 
     Args:
         block: With ``norm1, attn, drop_path1, norm2, mlp, drop_path2`` of timm, at the full network's widths.
         packs: All groups.
         widths: Of each group.
+        attention: What ``block.attn`` computes, for a family of its own kind.
     """
     kept = [[i for i, g in enumerate(pack.groups) if widths[g].exists] for pack in packs]
     used = [k for k, rows in enumerate(kept) if rows]
@@ -103,9 +130,7 @@ def pre_norm_block(block: nn.Module, packs: list[Pack], widths: Sequence[BlockWi
 
     attn, mlp = block.attn, block.mlp
     ys = [elastic_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps) for x in xs]
-    ys = elastic_linear(ys, attn.qkv.weight, attn.qkv.bias, dims, heads, parts=3)
-    ys = [attend(y, attn.head_dim, attn.attn_drop.p if block.training else 0.0) for y in ys]
-    ys = elastic_linear(ys, attn.proj.weight, attn.proj.bias, heads, dims)
+    ys = attention(attn, ys, dims, heads)
     xs = [x + block.drop_path1(attn.proj_drop(y)) for x, y in zip(xs, ys, strict=True)]
 
     ys = [elastic_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps) for x in xs]
@@ -120,17 +145,50 @@ def pre_norm_block(block: nn.Module, packs: list[Pack], widths: Sequence[BlockWi
     return packs
 
 
-def pre_norm_block_one(block: nn.Module, x: torch.Tensor, widths: BlockWidths) -> torch.Tensor:
+def pre_norm_block_one(
+    block: nn.Module,
+    x: torch.Tensor,
+    widths: BlockWidths,
+    attention: Callable[..., torch.Tensor] = self_attention_one,
+) -> torch.Tensor:
     """As `pre_norm_block` of one group, without what gradients and several groups need. [B, N, dim]"""
-    attn, mlp, dim, width, hidden = block.attn, block.mlp, widths.dim, widths.attn_dim, widths.mlp_hidden
+    mlp, dim, hidden = block.mlp, widths.dim, widths.mlp_hidden
     y = elastic_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    weight = attn.qkv.weight.unflatten(0, (3, -1))[:, :width, :dim].flatten(0, 1)
-    y = F.linear(y, weight, attn.qkv.bias.unflatten(0, (3, -1))[:, :width].flatten())
-    y = attend(y, attn.head_dim, 0.0)
-    x = x + F.linear(y, attn.proj.weight[:dim, :width], attn.proj.bias[:dim])
+    x = x + attention(block.attn, y, dim, widths.attn_dim)
     y = elastic_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps)
     y = mlp.act(F.linear(y, mlp.fc1.weight[:hidden, :dim], mlp.fc1.bias[:hidden]))
     return x + F.linear(y, mlp.fc2.weight[:dim, :hidden], mlp.fc2.bias[:dim])
+
+
+def masked_pre_norm_block(
+    block: nn.Module,
+    x: torch.Tensor,
+    keep: torch.Tensor,
+    heads: torch.Tensor,
+    hidden: torch.Tensor,
+    branch: torch.Tensor,
+    attention: Callable[..., torch.Tensor] = masked_self_attention,
+) -> torch.Tensor:
+    """As `pre_norm_block`, the paper's way: the full block, with channels of each group set to zero.
+
+    Args:
+        block: As in `pre_norm_block`.
+        x: ``[groups, images, tokens, channels]``, zero where not kept.
+        keep: Mask of the channels, ``[groups, 1, 1, channels]``.
+        heads: Of the channels of all heads.
+        hidden: Of the hidden units.
+        branch: Of the channels of both branches' sums: none where the block is absent.
+        attention: As in `pre_norm_block`.
+    """
+    mlp, groups = block.mlp, (len(x), -1)
+    y = masked_layer_norm(x, keep, block.norm1.weight, block.norm1.bias, block.norm1.eps)
+    y = attention(block.attn, y, heads).flatten(0, 1)
+    x = torch.addcmul(x, block.drop_path1(block.attn.proj_drop(y)).unflatten(0, groups), branch)
+
+    y = masked_layer_norm(x, keep, block.norm2.weight, block.norm2.bias, block.norm2.eps)
+    y = mlp.drop1(mlp.act(mlp.fc1(y)).mul_(hidden))
+    y = mlp.drop2(mlp.fc2(y)).flatten(0, 1)
+    return torch.addcmul(x, block.drop_path2(y).unflatten(0, groups), branch)
 
 
 def attend(qkv: torch.Tensor, head_dim: int, dropout: float) -> torch.Tensor:
