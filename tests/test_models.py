@@ -87,6 +87,7 @@ FAMILIES = {
         small=dict(img_size=64, embed_dim=48, mlp_ratio=[4, 2, 3.5], num_heads=[2, 3, 1], depth=3, head_dim=16),
     ),
     "models.vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
+    "families.autoformer": Family("NLC", size=32, pool="token", small=dict(space="autoformer_micro")),
     "families.vit_resnas": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
     "models.vit_elastic": Family(
         "NLC",

@@ -13,7 +13,7 @@ square, relative positions are left out of weight decay, and fused attention is 
 The paper distils without a token, by hard labels of a teacher, which any of `timm.task`'s losses does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,16 @@ from torch import nn
 from ..arch import ArchError
 from .grid import checkpoint_grid
 
-__all__ = ["AutoFormer", "check_layers", "checkpoint_filter_fn", "mlp_hidden"]
+__all__ = [
+    "AutoFormer",
+    "RelPosAttention",
+    "check_grid",
+    "check_layers",
+    "checkpoint_filter_fn",
+    "default_layers",
+    "mlp_hidden",
+    "relative_positions",
+]
 
 QKV_BIAS_LAYOUTS = ("prefix", "interleaved")
 
@@ -248,6 +257,13 @@ def check_layers(
     return tuple(float(r) for r in ratios), tuple(integer(h, "num_heads") for h in heads)
 
 
+def default_layers(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `autoformer`, completed by those of a network of 12 layers of width 192."""
+    args = {k: v for k, v in args.items() if v is not None}
+    lists = [name for name in ("mlp_ratio", "num_heads") if isinstance(args.get(name), list | tuple)]
+    return {**dict(embed_dim=192, mlp_ratio=4.0, num_heads=3), **({} if lists else dict(depth=12)), **args}
+
+
 class AutoFormer(nn.Module):
     """A network of the AutoFormer family.
 
@@ -317,6 +333,7 @@ class AutoFormer(nn.Module):
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = 1
         self.head_dim = head_dim
+        self.rel_pos = rel_pos
         self.max_relative_position = max_relative_position
         self.qkv_bias_layout = qkv_bias_layout
         self.dynamic_img_size = dynamic_img_size
@@ -694,6 +711,4 @@ def autoformer(pretrained: bool = False, **kwargs) -> AutoFormer:
 
     What is not given is that of a network of 12 layers of width 192, 3 heads and MLP ratio 4 (5.6 M parameters).
     """
-    lists = [name for name in ("mlp_ratio", "num_heads") if isinstance(kwargs.get(name), list | tuple)]
-    model_args = dict(embed_dim=192, mlp_ratio=4.0, num_heads=3, depth=None if lists else 12)
-    return _create_autoformer("autoformer", pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_autoformer("autoformer", pretrained=pretrained, **default_layers(kwargs))
