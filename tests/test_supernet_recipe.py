@@ -159,10 +159,10 @@ def test_nasvit_killed_and_continued(runs, tmp_path):
     assert 0.3 < records(straight)[-1]["loss"] < 2  # the largest network's, to labels
 
 
-def first_moments(runs, folder, processes):
+def first_moments(runs, folder, processes, *options):
     """The loss of 6 steps and AdamW's running means of their gradients, by an optimizer that hardly moves the weights:
     steps of the usual size would turn rounding into other weights wherever a gradient is near zero."""
-    options = [*TWO[:-1], str(4 // processes), "--epochs", "2", "--checkpoint-steps", "6", "--lr", "1e-9"]
+    options = [*options, *TWO[:-1], str(4 // processes), "--epochs", "2", "--checkpoint-steps", "6", "--lr", "1e-9"]
     pids = runs.start_two(folder, *options) if processes == 2 else [runs.start(folder, *options)]
     wait_for_step(folder, 6, pids[0])
     runs.kill(*pids)
@@ -172,12 +172,13 @@ def first_moments(runs, folder, processes):
 
 
 @pytest.mark.oldest
-def test_processes_and_passes_train_alike(runs, tmp_path):
+@pytest.mark.parametrize("space", ["micro", "autoformer_micro"])
+def test_processes_and_passes_train_alike(runs, tmp_path, space):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
-    loss, found = first_moments(runs, tmp_path / "processes", 2)
-    other, wanted = first_moments(runs, tmp_path / "passes", 1)
+    loss, found = first_moments(runs, tmp_path / "processes", 2, "--space", space)
+    other, wanted = first_moments(runs, tmp_path / "passes", 1, "--space", space)
     assert loss == pytest.approx(other, abs=1e-5)
-    assert len(found) == len(wanted) > 100
+    assert len(found) == len(wanted) > 90
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()  # 1e-6 is usual
 

@@ -261,7 +261,7 @@ def _masked_attention(
 
 
 default_cfgs = generate_default_cfgs(
-    {"autoformer_supernet": _cfg(input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10)}
+    {"autoformer_supernet": _cfg(input_size=(3, 32, 32), pool_size=(4, 4), num_classes=10)}
 )
 
 

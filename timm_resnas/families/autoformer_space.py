@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arch import Arch, Layer, image_size
-from ..models.autoformer import QKV_BIAS_LAYOUTS, check_grid, check_layers, default_layers, mlp_hidden
+from ..models.autoformer import (
+    QKV_BIAS_LAYOUTS,
+    WEIGHT_INITS,
+    check_grid,
+    check_layers,
+    default_layers,
+    mlp_hidden,
+)
 from ..nas.space import MAX_CHOICES, Gene, Position, SearchSpace
 
 __all__ = ["AutoFormerArch", "AutoFormerSpace"]
@@ -193,7 +200,8 @@ class AutoFormerSpace(SearchSpace):
         num_heads: Choices of each layer's heads.
         allocated_dim: Width of a supernet's weights, the largest one where not given (the paper's are wider).
         **model_args: Arguments that models of the space are built with: ``img_size``, ``patch_size``, ``in_chans``,
-            ``num_classes``, ``head_dim``, ``rel_pos``, ``max_relative_position``, ``qkv_bias_layout``, drop rates.
+            ``num_classes``, ``head_dim``, ``rel_pos``, ``max_relative_position``, ``qkv_bias_layout``, ``weight_init``,
+            drop rates.
 
     Attributes:
         allocation: The network that holds the weights of all.
@@ -205,7 +213,7 @@ class AutoFormerSpace(SearchSpace):
     family = "autoformer"
     arch_type = AutoFormerArch
     supernet = "autoformer_supernet"
-    training_args = ("qkv_bias_layout", *_RATES)
+    training_args = ("qkv_bias_layout", "weight_init", *_RATES)
     largest: AutoFormerArch
     smallest: AutoFormerArch
 
@@ -320,8 +328,9 @@ def _mlp_at(mlp: Callable[..., Layer], ratio: float, dim: int, exists: bool = Tr
 
 _DEFAULT_ARGS = {
     **dict(img_size=224, patch_size=16, in_chans=3, num_classes=1000, head_dim=64, rel_pos=True),
-    **dict(max_relative_position=14, qkv_bias_layout="prefix"),
+    **dict(max_relative_position=14, qkv_bias_layout="prefix", weight_init=""),
 }
+_TEXTS = {"qkv_bias_layout": QKV_BIAS_LAYOUTS, "weight_init": WEIGHT_INITS}
 
 
 def _check_model_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -334,8 +343,8 @@ def _check_model_args(args: dict[str, Any]) -> dict[str, Any]:
             good, want, value = True, "", image_size(value)
         elif name == "rel_pos":
             good, want = isinstance(value, bool), "true or false"
-        elif name == "qkv_bias_layout":
-            good, want = value in QKV_BIAS_LAYOUTS, " or ".join(QKV_BIAS_LAYOUTS)
+        elif name in _TEXTS:
+            good, want = value in _TEXTS[name], " or ".join(map(repr, _TEXTS[name]))
         elif name in _RATES:
             good, want = _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"
         else:
@@ -383,12 +392,12 @@ AutoFormerSpace.presets = {
         ),
         {},
     ),
-    # images of 32 px on a CPU: 8 patches a side
+    # images of 32 px on a CPU: 4 patches a side
     "autoformer_micro": _preset(
-        dict(embed_dim=(80, 64, 48, 32), depth=(6, 5, 4, 3), mlp_ratio=(4, 3, 2, 1), num_heads=(5, 4, 3, 2)),
+        dict(embed_dim=(96, 80, 64, 48), depth=(6, 5, 4, 3), mlp_ratio=(4, 3, 2, 1), num_heads=(6, 5, 4, 3, 2)),
         dict(
-            **dict(img_size=32, patch_size=4, num_classes=10, head_dim=16, max_relative_position=7),
-            qkv_bias_layout="interleaved",
+            **dict(img_size=32, patch_size=8, num_classes=10, head_dim=16, max_relative_position=3),
+            **dict(qkv_bias_layout="interleaved", weight_init="moco"),
         ),
     ),
 }

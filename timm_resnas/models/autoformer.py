@@ -34,11 +34,13 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
+    named_apply,
     register_model,
     register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
+from timm.models.vision_transformer import init_weights_vit_moco
 from torch import nn
 
 from ..arch import ArchError
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 QKV_BIAS_LAYOUTS = ("prefix", "interleaved")
+WEIGHT_INITS = ("", "moco")
 
 # leaves of fx graphs also where another module's forward calls them
 torch.fx.wrap("resample_abs_pos_embed")
@@ -283,6 +286,8 @@ class AutoFormer(nn.Module):
         qkv_bias_layout: Which bias a layer with fewer heads takes of a released checkpoint's, or of a supernet's, for
             queries, keys and values: 'prefix' the first entries of all, cut in thirds, as the released supernets were
             trained; 'interleaved' those of the heads that stay. It matters to sub-networks only.
+        weight_init: '' (normal with std .02, the paper's) or 'moco' (timm's Xavier uniform), with which networks of
+            some tens of channels learn sooner.
         dynamic_img_size: Take images of any size that the patch size divides; the position embedding is resampled in
             each forward pass, with the output that `set_input_size` would give.
         drop_rate: Dropout rate before the classifier.
@@ -313,6 +318,7 @@ class AutoFormer(nn.Module):
         rel_pos: bool = True,
         max_relative_position: int = 14,
         qkv_bias_layout: str = "prefix",
+        weight_init: str = "",
         dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -335,7 +341,10 @@ class AutoFormer(nn.Module):
         self.head_dim = head_dim
         self.rel_pos = rel_pos
         self.max_relative_position = max_relative_position
+        if weight_init not in WEIGHT_INITS:
+            raise ValueError(f"weight_init must be '' or 'moco', got {weight_init!r:.40}")
         self.qkv_bias_layout = qkv_bias_layout
+        self.weight_init = weight_init
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.global_pool = ""
@@ -383,7 +392,7 @@ class AutoFormer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Linear layers, tokens and tables normal with std .02; convolutions and norms as torch's."""
+        """Linear layers as ``weight_init`` says, tokens and tables normal with std .02, the rest as torch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -393,6 +402,8 @@ class AutoFormer(nn.Module):
                 trunc_normal_(module.horizontal, std=0.02)
             elif needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+        if self.weight_init == "moco":
+            named_apply(init_weights_vit_moco, self)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
 
