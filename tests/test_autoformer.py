@@ -138,6 +138,16 @@ def test_longer_tables_compute_the_same(img_size):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_initial_weights():
+    """By Xavier's rule queries, keys and values are layers of their own."""
+    torch.manual_seed(0)
+    for init, std in (("", 0.02), ("moco", (2 / (32 + 16)) ** 0.5)):
+        model = timm.create_model("autoformer", img_size=32, weight_init=init, **{**SMALL, "num_heads": 2})
+        weights = torch.stack([block.attn.qkv.weight for block in model.blocks])
+        assert weights.std().item() == pytest.approx(std, rel=0.05)
+        assert model.blocks[0].attn.rel_pos_k.vertical.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_dropout_of_attention_is_that_of_the_plain_form():
     """In the mean over many draws."""
     torch.manual_seed(0)
@@ -173,5 +183,9 @@ def test_malformed_architectures(args, message):
 def test_unknown_values():
     with pytest.raises(ValueError, match="qkv_bias_layout must be 'prefix' or 'interleaved', got 'rows'"):
         timm.create_model("autoformer", qkv_bias_layout="rows")
+    with pytest.raises(ValueError, match="max_relative_position must be at least 1, got 0"):
+        timm.create_model("autoformer", max_relative_position=0)
+    with pytest.raises(ValueError, match="weight_init must be '' or 'moco', got 'jax'"):
+        timm.create_model("autoformer", weight_init="jax")
     with pytest.raises(ValueError, match="global_pool must be"):
         timm.create_model("autoformer", global_pool="max")

@@ -250,8 +250,7 @@ class AutoFormerSpace(SearchSpace):
         self._columns: list[tuple[int, int, int | None]] = []
         for i in range(depths[0]):
             if i in depths:  # networks of i layers end here
-                left = len(depths) - depths.index(i)  # depths that are left, the least ones first
-                draws = (0,) * (len(depths) - left) + (1,)
+                draws = (0,) * depths.index(i) + (1,)  # as often as each greater depth
                 gene = Gene("exists", (True, False), kind="presence", entries=draws, follows=presence, stage=i)
                 genes.append(gene)
                 presence = len(genes) - 1

@@ -341,6 +341,8 @@ class AutoFormer(nn.Module):
         self.head_dim = head_dim
         self.rel_pos = rel_pos
         self.max_relative_position = max_relative_position
+        if rel_pos and max_relative_position < 1:
+            raise ValueError(f"max_relative_position must be at least 1, got {max_relative_position!r:.40}")
         if weight_init not in WEIGHT_INITS:
             raise ValueError(f"weight_init must be '' or 'moco', got {weight_init!r:.40}")
         self.qkv_bias_layout = qkv_bias_layout
