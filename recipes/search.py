@@ -6,6 +6,7 @@
     accelerate launch recipes/search.py --search pareto --objectives macs,params
     accelerate launch recipes/search.py --latency-table latency.json --budget latency=40%   # of recipes/latency.py
     accelerate launch recipes/search.py --supernet runs/digits-micro/supernet --budget macs=30%    # nothing is trained
+    accelerate launch recipes/search.py --score dss                                                # nothing is trained
     accelerate launch recipes/search.py --model vit_small_patch16_224 --dataset imagefolder:photos --budget macs=50%
 
 Three sets of images are kept apart: training, the search's own validation (cut from the training set, recorded in
@@ -36,6 +37,11 @@ trained on, or that are in the test part, by index or content, are not scored on
 says so). Started again with the same command, a run continues where it was; the same seed and supernet give the same
 history, on any number of processes.
 
+`--score dss` (`dss_raw`, `dss_released`, `snip`, `synflow`, `naswot`, `params`, `macs`) goes from a space to a network
+without training: candidates are scored by their untrained weights or their costs. `best/` then holds an untrained
+network, and the report the command that trains it and how far the score follows the number of parameters and MACs.
+`recipes/benchmark.py scores` measures what such scores are worth.
+
 `--model` shrinks a pretrained vision transformer of timm instead: heads and hidden units of each block. The full model
 is fine-tuned on the data (`--epochs`, 0: taken as it is), its units are ranked and its layers repaired by
 `--calibration` training images, candidates are scored by their agreement with it on images that it was not trained on
@@ -54,7 +60,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_resnas.engine.options import parse
-from timm_resnas.engine.settings import SearchOptions
+from timm_resnas.engine.settings import TRAINING_FREE, SearchOptions
 
 
 def defaults(options: SearchOptions) -> dict[str, Any]:
@@ -141,6 +147,12 @@ def main(argv: list[str] | None = None) -> None:
                 option = f"--{name.replace('_', '-')} {getattr(options, name)}"
                 raise RunError(f"{option} has changed since {run.folder} was started; give this run another --name")
         budget = job.make_budget(options, space)
+        if options.score in TRAINING_FREE:
+            from timm_resnas.engine.training_free import search_training_free
+
+            search_training_free(options, accelerator, run, data, budget, table, clock)
+            accelerator.end_training()
+            return
         search = job.make_search(options, space, budget, len(data.val))
         budget = search.budget  # a front's has no lower band
         first, batches = job.val_parts(options, data, accelerator.device)

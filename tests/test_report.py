@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_resnas.engine.report import improving, results_table, spearman, train_command
+from timm_resnas.engine.report import improving, results_table, train_command
 from timm_resnas.engine.search import distinct_points
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.nas.cost import Budget, describe_layers
@@ -32,11 +32,6 @@ def test_a_supernet_that_was_still_learning():
     assert improving([record(3, 0.80)]) is None
     text = improving([record(3, 0.48), record(6, 0.525)])
     assert "0.480 to 0.525 in its last 3 epochs" in text and "--epochs" in text
-
-
-def test_spearman_of_equal_values():
-    assert spearman([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
-    assert spearman([1, 2, 3], [5, 5, 5]) != spearman([1, 2, 3], [5, 5, 5])  # NaN
 
 
 def test_results_name_the_latency_that_a_table_predicts():

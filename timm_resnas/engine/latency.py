@@ -19,9 +19,9 @@ from ..nas.latency import LatencyTable, fit_line, spread_networks
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.timing import Conditions, LatencyTimer, run_rounds, summary
+from .correlation import spearman
 from .data import image_pair
 from .plots import save
-from .report import spearman
 from .run import Progress, RunError, format_minutes
 from .settings import LatencyOptions
 from .supernet import open_space

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from ..arch import Arch
 from ..nas.cost import Budget, describe_layers, format_cost
 from ..nas.evaluate import in_answers
 from ..nas.jsonl import read_jsonl
 from ..nas.space import SearchSpace
-from . import shrink_report
+from . import shrink_report, training_free_report
 from .baseline import describe, verdict
+from .correlation import spearman
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
-__all__ = ["report", "results_table", "spearman", "train_command"]
+__all__ = ["report", "results_table", "train_command"]
 
 LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
 RISING = 0.02  # accuracy that the largest network gained between its last two evaluations
@@ -38,6 +38,8 @@ def report(folder: Path) -> str:
     results = read_json(path)
     if isinstance(results, dict) and "networks" in results:
         return shrink_report.report(folder)
+    if isinstance(results, dict) and "training_free" in results:
+        return training_free_report.report(folder)
     history = read_jsonl(folder / "history.jsonl")
     history = [in_answers(record) for record in history]
     training = read_jsonl(folder / "training.jsonl")
@@ -111,13 +113,6 @@ def results_table(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; NaN where one side has no differences."""
-    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
-        return float("nan")
-    return float(spearmanr(a, b).statistic)
 
 
 def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:

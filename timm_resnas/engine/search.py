@@ -43,7 +43,7 @@ from .models import align_classes, record_of
 from .report import report, train_command
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
-from .settings import SearchOptions
+from .settings import TRAINING_FREE, SearchOptions
 from .supernet import SearchData, networks_per_image, open_space
 
 __all__ = [
@@ -74,6 +74,13 @@ def check_options(options: SearchOptions) -> None:
         for name, default in (("step", "groups"), ("teacher", None)):
             if (value := getattr(options, name)) != default:
                 raise RunError(f"--{name} {value} is for training a supernet; --model shrinks a model that is trained")
+        if options.score in TRAINING_FREE:
+            raise RunError(f"--score {options.score} is of networks that are not trained; with --model take agreement")
+        return
+    if options.score in TRAINING_FREE:
+        if options.supernet is not None or options.prescreen:
+            other = "--prescreen" if options.prescreen else "--supernet: it needs no trained weights"
+            raise RunError(f"--score {options.score} does not go with {other}")
         return
     if options.elastic_epochs:
         raise RunError("--elastic-epochs is for --model; a supernet from scratch is trained for --epochs")
@@ -306,6 +313,8 @@ def run_search(options: SearchOptions, search: Search, evaluator: Evaluator, run
             record["seconds"] = scored["seconds"]
             if "correct" in scored:
                 record["correct"] = scored["correct"]
+            if "value" in scored:
+                record["value"] = scored["value"]
             if "prescreened" in scored:
                 record["prescreened"], record["at_least"] = scored["prescreened"], at_least
         if run.is_main:

@@ -17,11 +17,13 @@ __all__ = [
     "PublishOptions",
     "SearchOptions",
     "SupernetOptions",
+    "TRAINING_FREE",
     "TrainOptions",
 ]
 
 DATASETS = "digits, fashion-mnist:<dir>, imagefolder:<dir> or hf:<id or folder>"
 PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp")
+TRAINING_FREE = ("dss", "dss_raw", "dss_released", "snip", "synflow", "naswot", "params", "macs")
 COUNT, SHARE, POSITIVE, NOT_NEGATIVE = "[1, inf)", "[0, 1]", "(0, inf)", "[0, inf)"
 
 
@@ -201,8 +203,10 @@ class SearchOptions(SupernetOptions):
     score: str | None = option(
         None,
         "of candidates: correct answers, likelihood of the labels, or agreement with the full network (default: "
-        "accuracy; with --model agreement)",
-        choices=("accuracy", "likelihood", "agreement"),
+        "accuracy; with --model agreement); or a score of networks that are not trained: TF-TAS's indicator (dss, with "
+        "raw weights, as its program has it), snip, synflow, naswot, or as a control params or macs",
+        choices=("accuracy", "likelihood", "agreement", *TRAINING_FREE),
+        basic=True,
     )
     epochs: int | None = option(
         None, "training epochs (default: 12; with --model 8 of the full model, 0: none)", range=NOT_NEGATIVE, basic=True

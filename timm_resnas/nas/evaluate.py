@@ -292,7 +292,7 @@ def _checked(record: dict[str, Any], file: Path) -> dict[str, Any]:
     """A record that was read back, if it can be one of ours."""
     score, seconds = record.get("score"), record.get("seconds")
     number = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0
-    least = -math.inf if "correct" in record else 0
+    least = -math.inf if record.keys() & {"correct", "value"} else 0
     if not (isinstance(record.get("key"), str) and type(score) is int and score >= least and number):
         raise ValueError(f"{file} is damaged: {str(record)[:80]} is not a score; remove the file to score again")
     return record
