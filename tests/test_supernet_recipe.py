@@ -138,25 +138,48 @@ def straight_two(runs, tmp_path_factory):
     return folder
 
 
-def test_nasvit_killed_and_continued(runs, tmp_path):
+@pytest.fixture(scope="module")
+def nasvit(tmp_path_factory):
+    """Options of runs of 3 steps an epoch, on few images."""
+    photos = tmp_path_factory.mktemp("photos")
     for part, count in (("train", 16), ("test", 2)):
         for label, level in (("dark", 40), ("light", 160)):
-            (tmp_path / "photos" / part / label).mkdir(parents=True)
+            (photos / part / label).mkdir(parents=True)
             for i in range(count):
                 color = (level + 4 * i, level, level - 2 * i)
-                Image.new("RGB", (16, 16), color).save(tmp_path / "photos" / part / label / f"{i}.png")
-    options = ["--dataset", f"imagefolder:{tmp_path / 'photos'}", "--step", "nasvit", "--num-archs", "3"]
-    options += ["--batch-size", "8", "--val-fraction", "0.25", "--project-epoch", "1", "--clip-others", "0.5"]
+                Image.new("RGB", (16, 16), color).save(photos / part / label / f"{i}.png")
+    return [
+        *("--dataset", f"imagefolder:{photos}", "--step", "nasvit", "--num-archs", "3", "--batch-size", "8"),
+        *("--val-fraction", "0.25", "--project-epoch", "1", "--clip-others", "0.5"),
+    ]
+
+
+def test_nasvit_killed_and_continued(runs, nasvit, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    runs.run(straight, *options)
-    pid = runs.start(killed, *options, "--checkpoint-steps", "1")
+    runs.run(straight, *nasvit)
+    pid = runs.start(killed, *nasvit, "--checkpoint-steps", "1")
     wait_for_step(killed, 4, pid)
     runs.kill(pid)
-    runs.run(killed, *options, "--checkpoint-steps", "1")
+    runs.run(killed, *nasvit, "--checkpoint-steps", "1")
     assert "continues at step" in Path(f"{killed}.log").read_text()
     assert_equal_runs(killed, straight)
     assert [r["step"] for r in records(straight)] == [3, 6]
     assert 0.3 < records(straight)[-1]["loss"] < 2  # the largest network's, to labels
+
+
+def test_nasvit_in_two_processes_and_in_two_passes(runs, nasvit, tmp_path):
+    """Alike but for rounding; see `first_moments`."""
+    found = []
+    for name, passes in (("processes", "1"), ("passes", "2")):
+        options = [*nasvit, "--accumulate", passes, "--lr", "1e-9", "--checkpoint-steps", "5"]
+        pids = runs.start_two(tmp_path / name, *options) if passes == "1" else [runs.start(tmp_path / name, *options)]
+        wait_for_step(tmp_path / name, 5, pids[0])
+        runs.kill(*pids)
+        state = torch.load(tmp_path / name / "state" / "training" / "step-000000005.pt", weights_only=True)
+        found.append([s["exp_avg"] for s in state["optimizer"]["state"].values()])
+    assert len(found[0]) == len(found[1]) > 100
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 def first_moments(runs, folder, processes, *options):
