@@ -1,4 +1,4 @@
-"""Speed, measured as ratios: everything that is compared runs interleaved in one process; medians and spread.
+"""Measurements of parts: what is compared runs interleaved in one process; speed as ratios, medians and spread.
 
     python recipes/benchmark.py supernet-step --num-archs 16
     python recipes/benchmark.py supernet-step --num-archs 2 --batch-size 128 --device cuda --dtype bfloat16
@@ -33,6 +33,17 @@ with its learning rate and opening of choices over all of them, as take the time
 steps take turns. `--rules groups sandwich sandwich:16` also takes a rule with batches of its own size. Then the
 smallest, random and the largest network are scored on the search's validation images. With `--json FILE` every seed's
 result is added to the file, and seeds that are there already are not trained again.
+
+    python recipes/benchmark.py scores vit_bench_101.json --threads 1 --json scores.jsonl
+
+`scores` asks what training-free scores (`--score` of search.py) say of accuracies: rank correlation over networks that
+were trained, alone and with the number of parameters or the MACs held fixed, and whether a score ranks networks better
+than counting their parameters does. The file, which is not in this repository, is ViT-Bench-101 as published with
+Auto-Prox (AAAI 2024, Apache-2.0; the gt_results folder of its public repository), its lists of AutoFormer-T networks
+as JSON: {"autoformer_1": [{"arch": {"hidden_dim": 192, "depth": 12, "mlp_ratio": [...], "num_heads": [...]},
+"c100_base_acc": 68.66, ...}, ...]}; accuracies in percent, trained from scratch (base), with a teacher (kd), or
+inherited from the supernet. All networks are slices of one untrained supernet; snip and naswot look at `--images`
+images of `--dataset`, with its own labels. With `--json FILE` scores are kept, and not computed again.
 """
 
 import argparse
@@ -55,9 +66,17 @@ from timm.utils import dispatch_clip_grad
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.arch import Arch
-from timm_resnas.data import eval_batches, eval_transform, train_loader, train_transform
+from timm_resnas.data import (
+    default_data_config,
+    eval_batches,
+    eval_transform,
+    load_splits,
+    train_loader,
+    train_transform,
+)
 from timm_resnas.engine.data import augmentation
-from timm_resnas.engine.run import Deadline, Run, RunError, check_output, cli_errors, format_minutes
+from timm_resnas.engine.run import Deadline, Progress, Run, RunError, check_output, cli_errors, format_minutes
+from timm_resnas.engine.score_table import CONTROLS, read_accuracies, score_networks, score_table
 from timm_resnas.engine.settings import SupernetOptions
 from timm_resnas.engine.supernet import (
     SearchData,
@@ -73,6 +92,7 @@ from timm_resnas.nas.cost import Budget, format_cost
 from timm_resnas.nas.evaluate import Evaluator, count_correct
 from timm_resnas.nas.evolution import RandomSearch, rank_key
 from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
+from timm_resnas.nas.proxies import PROXIES
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
 
@@ -370,9 +390,8 @@ class Rule:
 
 
 def steps(args: argparse.Namespace) -> None:
-    base = SupernetOptions(
-        dataset=args.dataset, space=args.space, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, cpu=True
-    )
+    given = {k: getattr(args, k) for k in ("dataset", "space", "img_size", "epochs", "batch_size", "lr")}
+    base = SupernetOptions(**given, cpu=True)
     for name in args.rules:
         step, _, batch = name.partition(":")
         if step not in STEPS or batch and not batch.isdecimal():
@@ -441,6 +460,37 @@ def _mean(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.4f} ± {error:.4f}"
 
 
+def scores(args: argparse.Namespace) -> None:
+    known = {name: read_accuracies(args.file, name) for name in args.lists}
+    if unknown := set(args.scores) - set(PROXIES):
+        raise RunError(f"--scores {' '.join(sorted(unknown))}: known are {', '.join(PROXIES)}")
+    names = [*CONTROLS, *(name for name in PROXIES if name in args.scores and name not in CONTROLS)]
+    if args.json is not None:
+        check_output(args.json)
+    size = (args.img_size, args.img_size)
+    space = SearchSpace.preset(args.space, img_size=size, num_classes=args.num_classes)
+    splits = load_splits(args.dataset)
+    config = default_data_config(splits, size)
+    batches = eval_batches(splits.train, eval_transform(config), indices=range(args.images))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    torch.manual_seed(args.seed)
+    net = timm.create_model(space.supernet, space=space.to_dict()).eval()
+    asked = {k: getattr(args, k) for k in ("space", "img_size", "num_classes", "dataset", "images", "seed")}
+    print(
+        f"{args.file.name}: networks of {args.space} at {args.img_size} px, {args.num_classes} classes, seed "
+        f"{args.seed}; {args.images} images of {args.dataset} for snip and naswot"
+    )
+    for name, records in known.items():
+        archs = [arch for arch, _ in records]
+        with Progress(len(archs), name, True) as bar:
+            found = score_networks(net, archs, names, images, labels, args.json, asked, bar)
+        for accuracy in dict.fromkeys(k for _, values in records for k in values):
+            rows = [i for i, (_, values) in enumerate(records) if accuracy in values]
+            of = np.array([records[i][1][accuracy] for i in rows])
+            print(f"\n{name}, {accuracy}: {len(rows)} networks, {of.min():.1f} to {of.max():.1f}\n")
+            print(score_table({k: v[rows] for k, v in found.items()}, of), flush=True)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -488,6 +538,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--dataset", default="digits")
     verb.add_argument("--space", default="micro")
+    verb.add_argument("--img-size", type=int, nargs="+", help="of the images (default: the space's)")
     verb.add_argument("--epochs", type=int, default=12, help="of the first rule")
     verb.add_argument("--batch-size", type=int, default=64)
     verb.add_argument("--lr", type=float, default=2e-3)
@@ -495,6 +546,20 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--rounds", type=int, default=2, help="steps of each kind that are timed")
     verb.add_argument("--seeds", type=int, default=3)
     verb.add_argument("--json", type=Path, metavar="FILE", help="results by seed, one a line")
+    verb.add_argument("--threads", type=int, default=0)
+
+    verb = verbs.add_parser("scores", help="training-free scores against trained accuracies")
+    verb.set_defaults(run=scores)
+    verb.add_argument("file", type=Path, metavar="FILE", help="ViT-Bench-101 as JSON")
+    verb.add_argument("--lists", nargs="+", default=["autoformer_1", "autoformer_2"], metavar="NAME")
+    verb.add_argument("--scores", nargs="+", default=list(PROXIES), metavar="SCORE", help=", ".join(PROXIES))
+    verb.add_argument("--space", default="autoformer_tiny")
+    verb.add_argument("--img-size", type=int, default=224)
+    verb.add_argument("--num-classes", type=int, default=100)
+    verb.add_argument("--dataset", default="digits")
+    verb.add_argument("--images", type=int, default=8)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="scores by network, one a line")
     verb.add_argument("--threads", type=int, default=0)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import kendalltau, rankdata, spearmanr
 
-__all__ = ["beats", "kendall", "partial", "spearman"]
+__all__ = ["interval", "kendall", "partial", "spearman"]
 
 DRAWS = 1000  # of networks with repetition
 
@@ -32,24 +32,24 @@ def partial(a: np.ndarray, b: np.ndarray, fixed: np.ndarray) -> float:
     return float((ab - af * bf) / np.sqrt(rest)) if rest > 1e-12 else float("nan")
 
 
-def beats(accuracy: np.ndarray, score: np.ndarray, control: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """By how much a score ranks networks better than a control does: Spearman's correlations' difference.
+def interval(
+    accuracy: np.ndarray, score: np.ndarray, control: np.ndarray | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Ends of the interval that holds 95% of Spearman's correlation over networks that are drawn with repetition.
 
     Args:
         accuracy: Of each network.
         score: Of each.
-        control: Of each.
+        control: Of each: of the correlation less that of this one.
         seed: Of the draws.
-
-    Returns:
-        The difference, and the ends of the interval that holds 95% of it over networks drawn with repetition.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.choice(len(accuracy), (DRAWS, len(accuracy)))
-    accuracy, score, control = (np.asarray(v) for v in (accuracy, score, control))
-    draws = _spearman_rows(accuracy[drawn], score[drawn]) - _spearman_rows(accuracy[drawn], control[drawn])
+    draws = _spearman_rows(np.asarray(accuracy)[drawn], np.asarray(score)[drawn])
+    if control is not None:
+        draws = draws - _spearman_rows(np.asarray(accuracy)[drawn], np.asarray(control)[drawn])
     low, high = np.nanquantile(draws, (0.025, 0.975))
-    return spearman(accuracy, score) - spearman(accuracy, control), float(low), float(high)
+    return float(low), float(high)
 
 
 def _spearman_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -77,13 +77,13 @@ def check_options(options: SearchOptions) -> None:
         if options.score in TRAINING_FREE:
             raise RunError(f"--score {options.score} is of networks that are not trained; with --model take agreement")
         return
+    if options.elastic_epochs:
+        raise RunError("--elastic-epochs is for --model; a supernet from scratch is trained for --epochs")
     if options.score in TRAINING_FREE:
         if options.supernet is not None or options.prescreen:
             other = "--prescreen" if options.prescreen else "--supernet: it needs no trained weights"
             raise RunError(f"--score {options.score} does not go with {other}")
         return
-    if options.elastic_epochs:
-        raise RunError("--elastic-epochs is for --model; a supernet from scratch is trained for --epochs")
     if options.epochs < 1:
         raise RunError("--epochs 0 is for --model; a supernet from scratch needs at least 1")
     if options.score == "agreement":

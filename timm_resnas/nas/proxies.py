@@ -13,6 +13,7 @@ Papers:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from ..arch import Arch, Units
 from .evaluate import FIXED_POINT, Evaluator
 from .supernet import Supernet
 
-__all__ = ["PROXIES", "Maps", "ProxyEvaluator", "linear_maps", "proxy_score", "score_network"]
+__all__ = ["PROXIES", "Maps", "ProxyEvaluator", "linear_maps", "proxy_score", "proxy_scores", "score_network"]
 
 
 class Maps(NamedTuple):
@@ -194,13 +195,17 @@ def score_network(
         return PROXIES[name](model, maps, images, labels)
 
 
-def proxy_score(
-    name: str, net: Supernet, arch: Arch, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
-) -> float:
-    """A sub-network's score by one of `PROXIES`, with the supernet's weights as they are.
+def proxy_scores(
+    names: Iterable[str],
+    net: Supernet,
+    arch: Arch,
+    images: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """A sub-network's scores by some of `PROXIES`, with the supernet's weights as they are.
 
     Args:
-        name: Of the score.
+        names: Of the scores.
         net: The supernet; nothing of it changes.
         arch: The sub-network.
         images: [B, C, H, W] on the supernet's device; see `score_network`.
@@ -209,13 +214,25 @@ def proxy_score(
     Raises:
         ArchError: The architecture does not fit in the supernet.
     """
-    if PROXIES[name] is None:
-        return float(arch.costs(**net.space.model_args)[name])
-    device = next(net.parameters()).device
+    found = {}
+    device, model, maps = next(net.parameters()).device, None, None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
-        model = net.extract(arch)
-        maps = linear_maps(model, net.units(), lambda key: net.own_key(arch, key))
-        return score_network(name, model, maps, images, labels)
+        for name in names:
+            if PROXIES[name] is None:
+                found[name] = float(arch.costs(**net.space.model_args)[name])
+                continue
+            if model is None:
+                model = net.extract(arch)
+                maps = linear_maps(model, net.units(), lambda key: net.own_key(arch, key))
+            found[name] = score_network(name, copy.deepcopy(model), maps, images, labels)
+    return found
+
+
+def proxy_score(
+    name: str, net: Supernet, arch: Arch, images: torch.Tensor | None = None, labels: torch.Tensor | None = None
+) -> float:
+    """One of `proxy_scores`."""
+    return proxy_scores([name], net, arch, images, labels)[name]
 
 
 class ProxyEvaluator(Evaluator):
