@@ -128,7 +128,7 @@ def test_naswot_written_out():
 # -- of any family ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["vit_resnas_supernet", "plain_vit_supernet", "elastic"])
+@pytest.mark.parametrize("family", ["vit_resnas_supernet", "autoformer_supernet", "elastic"])
 def test_scores_of_sub_networks_and_what_they_leave_alone(family):
     """Those of the network alone; deterministic; weights, gradients, buffers, mode, the generator and what a caller
     has set stay as they were."""

@@ -14,7 +14,7 @@ from torch import nn
 from timm_resnas.nas.sampling import SandwichSampler
 from timm_resnas.tasks import AlphaDivergence, NasVitTask, SandwichTask, merge_gradients
 
-SUPERNETS = ["vit_resnas_supernet", "plain_vit_supernet"]
+SUPERNETS = ["vit_resnas_supernet", "plain_vit_supernet", "autoformer_supernet"]
 
 
 def supernet(name, **kwargs):
