@@ -530,7 +530,7 @@ class PatchMerging(TokenReduction):
             scaled: See `PatchMerger`.
 
         Raises:
-            TokenError: Options that do not fit, or a pooling that needs the grid.
+            TokenError: Options that do not fit.
         """
         depth = len(self.blocks)
         after_block = depth // 2 if after_block is None else after_block
