@@ -497,7 +497,7 @@ SMALL_VIT += ["patch_size=8", "depth=4", "embed_dim=24", "num_heads=2"]
 
 
 @pytest.mark.parametrize("method", ["ats", "patchmerger", "dynamicvit"])
-def test_fewer_tokens(method, images, tmp_path):
+def test_fewer_tokens(method, images, tmp_path, capsys):
     plain = run(tmp_path, "plain", images, *SMALL_VIT) / "best"
     given = ["--model", str(plain), "--model-kwargs", "--pretrained", "--img-size", "32", "--reduce-tokens", method]
     given += ["--freeze-epochs", "1", "--epochs", "2"] if method == "dynamicvit" else []
@@ -510,6 +510,7 @@ def test_fewer_tokens(method, images, tmp_path):
     if method != "dynamicvit":
         assert moved == set(old)
         return
+    assert "from now on: 0.70, 0.49, 0.34" in capsys.readouterr().out
     # a hundredth of the learning rate, in the second epoch; tokens and positions never
     assert set(old) - moved == {"cls_token", "pos_embed"}
     # a folder of one goes on as one, and only its predictors at first

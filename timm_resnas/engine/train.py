@@ -420,6 +420,7 @@ class ModelTraining(Training):
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.facts = dict(facts or {})
+        self.shares: list[torch.Tensor] = []  # of tokens that a DynamicViT kept in the last pass
         if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             model = convert_sync_batchnorm(model)
         model = model.to(accelerator.device)
@@ -438,7 +439,9 @@ class ModelTraining(Training):
         torch.manual_seed(seed)  # drop path, dropout, SReT's permutations
         images, target = self.mix(images, labels, seed, epoch < self.options.epochs - self.options.mix_off_epochs)
         with self.accelerator.autocast():
-            return self.task(images, target)["loss"]
+            found = self.task(images, target)
+        self.shares = [share for name, share in found.items() if name.startswith("kept_")]
+        return found["loss"]
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int) -> torch.Tensor:
         """See `Training.step`; all but a DynamicViT's predictors stand still at first."""
@@ -537,6 +540,12 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
     """
     options, accelerator, run, data = training.options, training.accelerator, training.run, training.data
     chosen = training.choose()
+    if training.shares:
+        kept, aims = (", ".join(f"{float(s):.2f}" for s in n) for n in (training.shares, training.model.keep_ratios))
+        run.print(
+            f"shares of tokens kept in the last pass: {kept}; from now on: {aims}. The nearer they are, the less is "
+            f"lost: by more --epochs, or a higher --ratio-weight"
+        )
     run.print(f"\ntest, {len(data.splits.test)} images that nothing was chosen on:")
     tests = {}
     # the folder is loaded and fed the way a user would
