@@ -180,6 +180,8 @@ def photos(tmp_path_factory):
     [
         (["--img-size", "200"], "not a multiple of the total stride 16"),
         (["--space", "nano"], "unknown search space 'nano'; known: "),
+        (["--space", "autoformer_micro", "--img-size", "20"], "image size 20x20 is not a multiple of the patch size 8"),
+        (["--space", "autoformer_micro", "--token-labeling"], "which networks of --space autoformer_micro lack"),
         (
             ["--budget", "macs=10K"],
             "macs=10K is below the smallest network of the space, whose networks have macs",

@@ -105,6 +105,10 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
     groups = num_archs(options) if options.step == "groups" else None
     check_passes(options, PartialState().num_processes, groups=groups)
     space = open_space(options.space or "micro")
+    if options.token_labeling and "patch_head" not in space.training_args:
+        raise RunError(
+            f"--token-labeling needs a classifier of patches, which networks of --space {options.space} lack"
+        )
     make_sampler(options, space)
     TokenLabelLoss(patch_weight=options.patch_weight)
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])

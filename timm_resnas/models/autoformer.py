@@ -163,7 +163,8 @@ class RelPosAttention(nn.Module):
 
     def attend(self, qkv: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """[B, N, 3 * heads * head_dim] -> [B, N, heads * head_dim], for any number of heads."""
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        B, N, _ = qkv.shape  # torch's older ONNX exporter takes sizes inside unflatten for constants
+        q, k, v = qkv.reshape(B, N, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused_attn:
             if self.rel_pos_k is not None and self.rel_pos_v is not None:
                 where = places.to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
