@@ -25,6 +25,7 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_meta_device,
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
@@ -386,7 +387,8 @@ class AutoFormer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     def _set_global_pool(self, global_pool: str) -> None:
         if global_pool not in ("", "token", "avg"):

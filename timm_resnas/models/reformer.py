@@ -35,6 +35,7 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_meta_device,
     to_2tuple,
     trunc_normal_,
     use_fused_attn,
@@ -393,7 +394,8 @@ class Reformer(nn.Module):
         self.norm = norm_layer(embed_dim, **dd)
         self.head = ClassifierHead(embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     def _grid(self, img_size: int | Sequence[int]) -> tuple[int, int]:
         return self.patch_embed.dynamic_feat_size(to_2tuple(img_size))

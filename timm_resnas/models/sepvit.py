@@ -33,6 +33,7 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_meta_device,
     to_2tuple,
     trunc_normal_,
     use_fused_attn,
@@ -313,7 +314,8 @@ class SepVit(nn.Module):
         self.norm = LayerNorm2d(self.num_features, eps=1e-6, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, get_device_dtype, to_2tuple, trunc_normal_
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, get_device_dtype, is_meta_device, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
@@ -192,7 +192,8 @@ class SReT(nn.Module):
                 norm_layer=partial(LayerNorm2d, eps=1e-6),
                 **dd,
             )
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     def _check_pool(self, global_pool: str) -> None:
         known = ("token", "") if self.num_prefix_tokens else ("avg", "max", "avgmax", "")

@@ -32,6 +32,7 @@ from timm.layers import (
     SEModule,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_meta_device,
     make_divisible,
     to_2tuple,
     trunc_normal_,
@@ -323,7 +324,8 @@ class UniNet(nn.Module):
         self.final_conv = ConvNormAct(channels[-1], head_width, 1, act_layer=act_layer, **dd)
         self.head = ClassifierHead(head_width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:

@@ -23,6 +23,7 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_meta_device,
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
@@ -318,7 +319,8 @@ class VitResNas(nn.Module):
         self.head_dist = self._make_head(self.num_classes, **dd) if distill_token else None
         self.patch_head = self._make_head(self.num_classes, **dd) if patch_head else None
 
-        self.init_weights(needs_reset=False)
+        if not is_meta_device(device):
+            self.init_weights(needs_reset=False)
 
     def _end_stage(self, num_blocks: int, dim: int) -> None:
         module = f"blocks.{num_blocks - 1}" if num_blocks else "patch_embed"
