@@ -2,14 +2,25 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from recipe_server import RecipeServer
+from recipe_server import ForkServer
 
 # One thread per worker; set before torch is imported, and for the programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+RECIPES_NEED = """
+import importlib, sys
+import matplotlib.backends.backend_agg
+from timm_resnas.data import load_splits
+for name in ("evaluate", "report", "search", "shrink", "supernet", "train"):
+    importlib.import_module(f"timm_resnas.engine.{name}")
+load_splits("digits")  # imports what it needs
+sys.modules["timm_resnas.engine.shrink"].ROUNDS = 1  # no test looks at the latencies of a report
+"""
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +45,22 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return path
 
 
-@pytest.fixture(scope="session")
-def recipe_server():
-    """The fork server of this test process."""
-    server = RecipeServer()
+def serve(imports: str) -> Iterator[ForkServer]:
+    server = ForkServer(imports)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[ForkServer]:
+    """New Python processes that have imported torch and torchvision, which takes seconds, and nothing else of ours."""
+    yield from serve("import torch, torchvision")
+
+
+@pytest.fixture(scope="session")
+def recipe_server() -> Iterator[ForkServer]:
+    """New Python processes that have imported what recipes need."""
+    yield from serve(RECIPES_NEED)
 
 
 @pytest.fixture(autouse=True)

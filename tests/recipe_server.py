@@ -1,4 +1,4 @@
-"""Runs recipes as a user does, killed or not, in one process or two, without importing torch for every run."""
+"""Programs in processes of their own, and recipes as a user runs them, without importing torch for each of them."""
 
 import json
 import os
@@ -6,20 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 
-# A process that has imported what recipes need, and forks a process for each run that it reads.
+# A process that has imported what its programs need, and forks a process for each program that it reads.
 SERVER = """
-import importlib, json, os, sys, traceback
-import matplotlib.backends.backend_agg
-from timm_resnas.data import load_splits
-for name in ("evaluate", "report", "search", "shrink", "supernet", "train"):
-    importlib.import_module(f"timm_resnas.engine.{name}")
-load_splits("digits")  # imports what it needs
+import json, os, sys, traceback
+exec(sys.argv[1])
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
@@ -30,33 +27,43 @@ for line in sys.stdin:
     if pid:
         print(pid, flush=True)
         continue
+    os.chdir(job["cwd"])
+    os.environ.clear()
     os.environ.update(job["env"])
-    log = os.open(job["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
+    for number, path in enumerate((os.devnull, job["out"], job["err"])):
+        os.dup2(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND), number)
+    sys.argv = ["-c", *job["args"]]
     code = 0
     try:
-        importlib.import_module(f"recipes.{job['recipe']}").main(job["argv"])
+        exec(job["code"], {"__name__": "__main__"})
     except SystemExit as e:
-        code = e.code
+        code = e.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code or 0)
+    os._exit(code)
 """
 
 
-class RecipeServer:
-    """A fork server for all recipes of a test process; see the fixture `recipe_server`."""
+class ForkServer:
+    """Python programs, each in a process of its own that need not import what all of them do.
 
-    def __init__(self):
-        self.process = None
+    Args:
+        imports: Statements that run once, before any program.
+    """
+
+    def __init__(self, imports):
+        self.imports, self.process = imports, None
 
     def ask(self, **job):
         if self.process is None:  # only where a test needs it
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER],
+                [sys.executable, "-W", "error::ImportWarning", "-c", SERVER, self.imports],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -66,6 +73,21 @@ class RecipeServer:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
+    def start(self, code, *args, env, out, err, cwd=ROOT):
+        """Start a program, as ``python -c code args``; returns its process's id."""
+        return self.ask(code=code, args=args, env=env, out=str(out), err=str(err), cwd=str(cwd))
+
+    def wait(self, pid):
+        """Exit status of a program, negative for a signal."""
+        return self.ask(wait=pid)
+
+    def run(self, code, *args, env=None):
+        """Run a program to its end, as `subprocess.run` does that captures text; ``env`` is the whole environment."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            status = self.wait(self.start(code, *args, env=dict(os.environ) if env is None else env, out=out, err=err))
+            return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
+
     def close(self):
         if self.process is not None:
             self.process.stdin.close()
@@ -73,11 +95,16 @@ class RecipeServer:
             self.process.wait()
 
 
+def program(recipe):
+    """A recipe as a program of a `ForkServer`."""
+    return f"import sys; from recipes.{recipe} import main; main(sys.argv[1:])"
+
+
 class Recipe:
     """Starts runs of a recipe; a run's folder is given, what it prints goes to <folder>.log.
 
     Args:
-        server: The fork server.
+        server: The fixture `recipe_server`.
         recipe: The recipe's name.
         options: Options of every run.
         named: Whether a run has --output and --name.
@@ -91,7 +118,8 @@ class Recipe:
         argv = [*self.options, *options]
         if self.named:
             argv += ["--output", str(folder.parent), "--name", folder.name]
-        return self.server.ask(recipe=self.recipe, argv=argv, env=env, log=f"{folder}.log")
+        log = f"{folder}.log"
+        return self.server.start(program(self.recipe), *argv, env={**os.environ, **env}, out=log, err=log)
 
     def start_two(self, folder, *options):
         with socket.socket() as s:
@@ -102,8 +130,7 @@ class Recipe:
         return [self.start(folder, *options, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
 
     def wait(self, pid):
-        """Exit status of a run, negative for a signal."""
-        return self.server.ask(wait=pid)
+        return self.server.wait(pid)
 
     def kill(self, *pids):
         for pid in pids:

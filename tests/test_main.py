@@ -11,18 +11,43 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 import timm_resnas
 from timm_resnas import __main__ as program
+from timm_resnas.nas import count
 
 
-def test_models_are_listed_with_costs_and_papers(capsys):
-    program.main([])
+def listed(capsys, *patterns):
+    program.main(patterns)
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", "input", "params", "MACs", "paper"]
     rows = {line.split()[0]: line for line in lines}
     assert len(rows) == len(lines)
+    return rows
+
+
+def test_models_are_listed_with_costs_and_papers(capsys):
+    rows = listed(capsys, "vit_resnas_t*", "exmobilevit_576", "*cait_s*")  # *cait_s* are timm's as well
     assert "3 x 224 x 224   40.8 M   1.78 G  arXiv:2109.00642" in rows["vit_resnas_tiny"]  # the README's numbers
     assert "3 x 256 x 256    5.5 M   2.00 G  arXiv:2309.01310" in rows["exmobilevit_576"]
-    assert "vit_resnas_small_supernet" in rows and "cait_study" in rows
-    assert not any(timm.models.model_entrypoint(name).__module__.startswith("timm.") for name in rows)
+    ours = [
+        name for name in timm.list_models("*cait_s*") if "timm_resnas" in timm.models.model_entrypoint(name).__module__
+    ]
+    assert set(rows) == {"vit_resnas_tiny", "vit_resnas_tiny_supernet", "exmobilevit_576", *ours}
+
+
+def test_all_models_are_listed(capsys, monkeypatch):
+    """What a name costs is shown by the test before."""
+    created = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name: created("vit_resnas"))
+    monkeypatch.setattr(count, "count_macs", lambda model, size: 0)
+    rows = listed(capsys)
+    assert {"vit_resnas_small_supernet", "cait_study", "sret_tiny", "uninet_b6"} <= set(rows)
+    assert set(rows) == {n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__[:5] != "timm."}
+
+
+def test_a_name_of_no_model(capsys):
+    with pytest.raises(SystemExit) as error:
+        program.main(["vit_small_patch16_224", "nothing*"])
+    said = "timm_resnas: no model of this package is called vit_small_patch16_224 or nothing*; without a name, all are "
+    assert error.value.code == 2 and capsys.readouterr().err == f"{said}listed\n"
 
 
 @pytest.fixture
@@ -107,7 +132,7 @@ def test_predict_says_what_is_wrong(tmp_path, picture, capsys):
         assert error.value.code == 2 and message in said.err and said.err.count("\n") == 1 and not said.out
 
 
-def test_run_runs_a_script_with_our_models(tmp_path):
+def test_run_runs_a_script_with_our_models(python, tmp_path):
     (tmp_path / "beside.py").write_text("NUMBER = 7")
     script = tmp_path / "script.py"
     script.write_text(
@@ -118,9 +143,10 @@ def test_run_runs_a_script_with_our_models(tmp_path):
         "    print(sys.argv, beside.NUMBER, timm.is_model('vit_resnas_tiny'), __file__)\n"
         "    sys.exit(3)\n"
     )
-    command = [sys.executable, "-m", "timm_resnas.run"]
-    done = subprocess.run([*command, str(script), "--model", "a b"], capture_output=True, text=True)
+    code = "import runpy; runpy.run_module('timm_resnas.run', run_name='__main__', alter_sys=True)"  # as python -m does
+    done = python.run(code, str(script), "--model", "a b")
     assert done.stdout == f"{[str(script), '--model', 'a b']} 7 True {script}\n", done.stderr
     assert done.returncode == 3
-    done = subprocess.run([*command, "missing.py"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "timm_resnas.run", "missing.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "timm_resnas.run: there is no script missing.py\n")

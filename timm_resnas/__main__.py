@@ -1,11 +1,13 @@
 """Look at the models, or let one name what is on pictures.
 
     python -m timm_resnas                                    # the models that this package registers
+    python -m timm_resnas 'sret*' '*_supernet'               # those of such names
     python -m timm_resnas predict runs/digits-micro/best digit.png
     python -m timm_resnas predict hf-hub:owner/name photos/*.jpg
     python -m timm_resnas predict vit_small_patch16_224 cat.jpg
 
-Without a command: parameters, multiply-accumulates of one image of the default size, and paper of each model.
+Without a command: parameters, multiply-accumulates of one image of the default size, and paper of each model, or of
+those whose names match.
 """
 
 from __future__ import annotations
@@ -31,26 +33,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     predict = commands.add_parser("predict", help="the likeliest classes of each image")
     predict.add_argument("model", help="a folder, hf-hub:owner/name, or a name that timm knows")
     predict.add_argument("images", nargs="+", metavar="image", help="files")
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    names = given if given and given[0] not in commands.choices and not given[0].startswith("-") else []
+    args = parser.parse_args([] if names else given)
     try:
-        for line in _models() if args.command is None else _predict(args.model, args.images):
+        for line in _models(names) if args.command is None else _predict(args.model, args.images):
             print(line, flush=True)
     except (ValueError, OSError) as e:
         print(f"timm_resnas: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _models() -> Iterator[str]:
+def _models(patterns: Sequence[str]) -> Iterator[str]:
     import timm
     import torch
     from timm.models import model_entrypoint
 
     from .nas.count import count_macs
 
+    names = [n for n in timm.list_models(patterns) if model_entrypoint(n).__module__.partition(".")[0] == __package__]
+    if not names:
+        raise ValueError(f"no model of this package is called {' or '.join(patterns)}; without a name, all are listed")
     yield f"{'model':25} {'input':>13} {'params':>8} {'MACs':>8}  paper"
-    for name in timm.list_models():
-        if model_entrypoint(name).__module__.partition(".")[0] != __package__:
-            continue
+    for name in names:
         with torch.device("meta"):  # shapes only
             model = timm.create_model(name)
         cfg = model.pretrained_cfg
