@@ -1,8 +1,6 @@
 """What tests of the Hub share: sending to and loading from the server of `hub_server`, Python in a clean process."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from timm_resnas.hub import load, push
@@ -18,13 +16,7 @@ def fetch(remote, tmp_path, name="alice/net", **more):
     return load(f"hf-hub:{name}", endpoint=remote.url, cache_dir=tmp_path / "cache", **more)
 
 
-def run_python(code, env, *args, timeout=120):
+def run_python(python, code, env, *args):
+    """A program of the fixture `python`, whose variables for the Hub are those of ``env`` alone."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env={**clean, **env},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return python.run(code, *args, env={**clean, **env})

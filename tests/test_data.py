@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -683,10 +682,10 @@ def test_images_are_kept_only_within_the_limit(few):
     assert_close(images.labels, labels_of(few))
 
 
-def test_import_needs_no_extras():
+def test_import_needs_no_extras(python):
     code = "import sys, timm_resnas.data; print([m for m in ('datasets', 'sklearn', 'pyarrow') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    done = python.run(code)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_missing_extra_is_named(monkeypatch):

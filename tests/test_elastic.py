@@ -1,8 +1,6 @@
 """Any timm ViT as a supernet: what is cut equals what is masked, costs are those of built models, repair repairs."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -162,7 +160,7 @@ def test_heads_that_keep_their_entries():
 
 
 @pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"])
-def test_saved_and_loaded_in_another_process(name, tmp_path):
+def test_saved_and_loaded_in_another_process(name, python, tmp_path):
     net = timm_resnas.elastic(make(name)).eval()
     arch = net.space.sample_many(1, np.random.default_rng(4))[0]
     small, x = net.extract(arch), images(net)
@@ -174,7 +172,8 @@ def test_saved_and_loaded_in_another_process(name, tmp_path):
         "x = torch.load(f'{f}/x.pt', weights_only=True); "
         "torch.save(torch.inference_mode()(m)(x).clone(), f'{f}/y.pt')"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = python.run(code, str(tmp_path))
+    assert done.returncode == 0, done.stderr
     with torch.inference_mode():
         torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), small(x), rtol=0, atol=0)
     timm_resnas.save_pretrained(net, tmp_path / "net")

@@ -95,7 +95,7 @@ def test_search_validation_is_cut_from_training_images_only(finished):
     assert results_of(finished[0])["val_images"] == len(val)
 
 
-def test_best_reproduces_its_test_accuracy_with_plain_timm(finished):
+def test_best_reproduces_its_test_accuracy_with_plain_timm(finished, python):
     """In a new process, with timm's own preprocessing and loader."""
     folder, _ = finished
     code = f"""
@@ -110,7 +110,7 @@ with torch.inference_mode():
     print(int((model(x).argmax(-1) == torch.tensor(test['label'])).sum()))
 assert model.num_classes == 10 and model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python.run(code)
     assert done.returncode == 0, done.stderr
     results = results_of(folder)
     assert int(done.stdout) == results["best"]["test"]

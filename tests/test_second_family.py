@@ -2,8 +2,6 @@
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,8 +163,8 @@ def test_no_room_but_its_own_knows_a_family():
                 assert {t.split(".")[0] for t in target} <= allowed[room], (file, target)
 
 
-def test_the_family_is_one_file():
+def test_the_family_is_one_file(python):
     lines = Path(plain_vit.__file__).read_text().splitlines()
     assert len([line for line in lines if line.strip()]) < 160
     code = "import sys, timm, timm_resnas; sys.exit('plain_vit' in timm.list_models())"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert python.run(code).returncode == 0

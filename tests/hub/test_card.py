@@ -80,10 +80,10 @@ def test_refused_card_says_so(remote, net, tmp_path):
     assert remote.files("alice/net") == []
 
 
-def test_examples_of_the_card_run(remote, folder, tmp_path):
+def test_examples_of_the_card_run(remote, folder, python, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", send(remote, folder).card, re.S))
     code = "from PIL import Image\nimage = Image.new('RGB', (40, 40))\n" + code + "\nprint(label)\n"
-    done = run_python(code, remote.env(tmp_path / "home"))
+    done = run_python(python, code, remote.env(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in "0123456789"
 

@@ -244,11 +244,11 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
-def test_hostile_folders_are_refused_quickly_and_in_little_memory(folder, tmp_path):
+def test_hostile_folders_are_refused_quickly_and_in_little_memory(folder, python, tmp_path):
     make_hostile(folder, tmp_path / "good", None, None)
     for name, (change, weights, _) in HOSTILE.items():
         make_hostile(folder, tmp_path / name, change, weights)
-    done = run_python(VICTIM, {"OMP_NUM_THREADS": "1"}, str(tmp_path), json.dumps(list(HOSTILE)), timeout=300)
+    done = run_python(python, VICTIM, {}, str(tmp_path), json.dumps(list(HOSTILE)))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     for name, (_, _, message) in HOSTILE.items():
@@ -374,7 +374,7 @@ def test_any_constructor_is_ended(monkeypatch, work, message):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_large_allocation_at_once_is_refused():
+def test_a_large_allocation_at_once_is_refused(python):
     code = """
 import resource
 from timm_resnas.hub import HubError
@@ -388,7 +388,7 @@ except HubError as e:
 bytearray(1)
 assert resource.getrlimit(resource.RLIMIT_AS) == before
 """
-    done = run_python(code, {})
+    done = run_python(python, code, {})
     assert "needs too much memory to build" in done.stdout, done.stderr
 
 

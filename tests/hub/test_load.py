@@ -134,12 +134,12 @@ except HubError as e:
 """
 
 
-def test_offline_mode(remote, folder, tmp_path):
+def test_offline_mode(remote, folder, python, tmp_path):
     send(remote, folder)
     fetch(remote, tmp_path, check=True)
     asked = len(remote.log())
     env = {**remote.env(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = run_python(OFFLINE, env, str(tmp_path / "cache"), str(tmp_path / "empty"))
+    done = run_python(python, OFFLINE, env, str(tmp_path / "cache"), str(tmp_path / "empty"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
         "config.json of alice/net is not in the cache, and the Hub is not asked in offline mode (HF_HUB_OFFLINE); "

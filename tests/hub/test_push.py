@@ -42,12 +42,12 @@ print("equal", type(model).__name__, model.pretrained_cfg["label_names"])
 """
 
 
-def test_fresh_process_with_plain_timm_gives_the_stored_logits(remote, folder, tmp_path):
+def test_fresh_process_with_plain_timm_gives_the_stored_logits(remote, folder, python, tmp_path):
     torch.manual_seed(1)
     supernet = timm.create_model("vit_resnas_supernet", space="micro").eval()
     send(remote, folder)
     send(remote, supernet, "alice/super", label_names=list("abcdefghij"))
-    done = run_python(FRESH, remote.env(tmp_path / "home"), "alice/net", "alice/super")
+    done = run_python(python, FRESH, remote.env(tmp_path / "home"), "alice/net", "alice/super")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"equal VitResNasSupernet {list('abcdefghij')}"
 
