@@ -15,11 +15,8 @@ import math
 import operator
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -142,8 +139,24 @@ FAMILIES = {
 }
 
 ALL = [name for name in timm.list_models() if entry_module(name).startswith(PACKAGE + ".")]
+# names whose small relative is that of another name; test_alike holds them to it
+ALIKE = {
+    name: shown
+    for shown, pattern in {
+        "autoformer_tiny": "autoformer|autoformer_(small|base)",
+        "cait_xs24_224": r"cait_(?!xs24_224)\w+_\d+",
+        "reformer_tiny": "reformer_small",
+        "sepvit_lite": "sepvit_(tiny|small|base)",
+        "uninet_b0": "uninet|uninet_b[1-6]",
+        "vit_resnas_supernet": "vit_resnas_(tiny|small)_supernet",
+    }.items()
+    for name in ALL
+    if re.fullmatch(pattern, name)
+}
+ALL = [*(name for name in ALL if name not in ALIKE), *ALIKE]
 # module scope: all tests of a name run in a row and share its models
 every_name = pytest.mark.parametrize("name", ALL, scope="module")
+every_distinct_name = pytest.mark.parametrize("name", ALL[: len(ALL) - len(ALIKE)], scope="module")
 # torch.jit warns of its end with every call
 jit = pytest.mark.filterwarnings("ignore:.torch.jit")
 
@@ -255,10 +268,9 @@ warnings.simplefilter("ignore")  # at exit, torch 2.6 has one about a temporary 
 
 
 @pytest.fixture(scope="module")
-def fresh_import():
+def fresh_import(python):
     """What ``import timm_resnas`` does to a fresh process that has imported timm; any warning is an error there."""
-    command = [sys.executable, "-c", _IMPORT, *ALL]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = python.run(_IMPORT, *ALL)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return json.loads(done.stdout)
@@ -390,7 +402,16 @@ def test_parameter_groups(name, registered):
 # -- numbers, on the small relative -----------------------------------------------------------------------------------
 
 
-@every_name
+@pytest.mark.parametrize("name", ALIKE)
+def test_alike(name):
+    """With the weights of the other name's small relative, that of this one has the same outputs and gradients."""
+    model, shown = build(name).train(), build(ALIKE[name]).train()
+    model.load_state_dict(shown.state_dict())
+    assert str(model) == str(shown) and family(name) is family(ALIKE[name])
+    assert_close(backward(model, images(name)), backward(shown, images(name)), rtol=0, atol=0)
+
+
+@every_distinct_name
 def test_forward(name, net):
     x = images(name)
     with torch.no_grad():
@@ -402,7 +423,7 @@ def test_forward(name, net):
         assert_close(net.forward_head(net.forward_features(x)), out)
 
 
-@every_name
+@every_distinct_name
 def test_grad_checkpointing_changes_nothing(name, net):
     x, calls = images(name), 0
 
@@ -424,7 +445,7 @@ def test_grad_checkpointing_changes_nothing(name, net):
     assert_close(checkpointed_grads, grads, rtol=1e-4, atol=1e-5)
 
 
-@every_name
+@every_distinct_name
 def test_dtype_change_after_forward(name, net):
     x, model = images(name), copy.deepcopy(net)
     with torch.no_grad():
@@ -436,7 +457,7 @@ def test_dtype_change_after_forward(name, net):
         assert model.to(**half)(x.to(**half)).dtype == torch.bfloat16
 
 
-@every_name
+@every_distinct_name
 def test_fused_attention_agrees_with_plain(name, net, monkeypatch):
     calls = 0
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -467,7 +488,7 @@ def test_fused_attention_agrees_with_plain(name, net, monkeypatch):
         set_fused_attn(True)
 
 
-@every_name
+@every_distinct_name
 def test_reset_classifier_keeps_pooling(name, net):
     x, model = images(name), copy.deepcopy(net)
 
@@ -489,7 +510,7 @@ def test_reset_classifier_keeps_pooling(name, net):
     assert_close(model(x), other, rtol=0, atol=0)
 
 
-@every_name
+@every_distinct_name
 def test_removed_classifier(name, net):
     x, model = images(name), copy.deepcopy(net)
     with torch.no_grad():
@@ -504,7 +525,7 @@ def test_removed_classifier(name, net):
         assert build(name, num_classes=0, global_pool="")(x).shape == features.shape
 
 
-@every_name
+@every_distinct_name
 def test_other_image_sizes(name, net):
     side = family(name).size
     height, width = side, 2 * side
@@ -528,7 +549,9 @@ def test_other_image_sizes(name, net):
         assert resized(images(name)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if family(name).layout == "NLC"], scope="module")
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if family(name).layout == "NLC" and name not in ALIKE], scope="module"
+)
 @jit
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")
 def test_dynamic_image_size(name, net):
@@ -553,7 +576,7 @@ def test_dynamic_image_size(name, net):
     assert not timm.models._input.get_model_input_config(model)["fixed_input_size"]
 
 
-@every_name
+@every_distinct_name
 @jit
 def test_torchscript(name, net):
     with set_scriptable(True):
@@ -581,7 +604,7 @@ def traced(model: nn.Module) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(tracer.root, graph)
 
 
-@every_name
+@every_distinct_name
 @jit
 @pytest.mark.filterwarnings("ignore:The TorchScript type system")  # speaks of GraphModule.__init__
 def test_fx_forward_and_script(name, net):
@@ -595,7 +618,7 @@ def test_fx_forward_and_script(name, net):
         assert_close(torch.jit.script(graph)(x), expected)
 
 
-@every_name
+@every_distinct_name
 def test_fx_backward(name, net):
     expected, expected_grads = backward(copy.deepcopy(net).train(), images(name))
     out, grads = backward(traced(copy.deepcopy(net).train()), images(name))
@@ -616,7 +639,7 @@ def check_maps(name: str, info: FeatureInfo, maps: list[torch.Tensor]) -> None:
         assert features.isfinite().all()
 
 
-@every_name
+@every_distinct_name
 def test_intermediates(name, net):
     info = FeatureInfo(net.feature_info, len(net.feature_info))
     assert len(net.feature_info) >= 3
@@ -649,7 +672,7 @@ def test_intermediates(name, net):
     assert_close(checkpointed_maps, maps, rtol=1e-4, atol=1e-5)
 
 
-@every_name
+@every_distinct_name
 def test_features_only(name, net):
     x, num_taps = images(name), len(net.feature_info)
     with torch.no_grad():
@@ -668,7 +691,7 @@ def test_features_only(name, net):
             assert backbone.feature_info.channels() == [maps[i].shape[1] for i in wanted]
 
 
-@every_name
+@every_distinct_name
 def test_prune_intermediate_layers(name, net):
     x, last = images(name), len(net.feature_info) - 1
     with torch.no_grad():
