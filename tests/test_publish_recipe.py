@@ -2,17 +2,16 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from accelerate.state import AcceleratorState, PartialState
+from hub_client import run_python
 from hub_server import ask_for_no_agents, running
+from recipe_server import program
 from safetensors.torch import load_file, save_file
 
 from recipes import publish, search
@@ -40,7 +39,10 @@ def server():
 def run(tmp_path_factory):
     """The folder of a finished search."""
     folder = tmp_path_factory.mktemp("runs")
-    search.main([*QUICK, "--epochs", "1", "--arch-warmup-epochs", "0", "--output", str(folder), "--name", "run"])
+    options = [
+        *("--img-size", "16", "--epochs", "1", "--arch-warmup-epochs", "0", "--batch-size", "80", "--num-archs", "2"),
+    ]
+    search.main([*QUICK, *options, "--output", str(folder), "--name", "run"])
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     return folder / "run"
@@ -62,13 +64,6 @@ def fetch(remote, tmp_path, name, **more):
     return load(f"hf-hub:{name}", endpoint=remote.url, cache_dir=tmp_path / "cache", check=True, **more)
 
 
-def run_python(arguments, env, timeout=300):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
-        [sys.executable, *arguments], env={**clean, **env}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-
-
 READER = """
 import json, sys
 import timm, timm_resnas, torch
@@ -86,21 +81,21 @@ print(*count_correct(model, eval_batches(load_splits("digits").test, transform))
 """
 
 
-def test_what_others_do_with_a_published_search(remote, run, tmp_path, capsys):
+def test_what_others_do_with_a_published_search(remote, run, python, tmp_path, capsys):
     publish.main([str(run), "--repo", "alice/digits", "--supernet", "--license", "apache-2.0"])
     printed = capsys.readouterr().out
     assert "[2/2]" in printed and "timm.create_model('hf-hub:alice/digits', pretrained=True)" in printed
 
     # a reader with an empty cache and no token: stored logits bit by bit, and the accuracy of the report
     reader = remote.env(tmp_path / "reader")
-    done = run_python(["-c", READER], reader)
+    done = run_python(python, READER, reader)
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())
     assert done.stdout.split() == [str(results["best"]["test"]), str(results["test_images"])]
 
     # another search, in the published supernet
     where = ["--output", str(tmp_path), "--name", "again", "--supernet", "hf-hub:alice/digits-supernet"]
-    done = run_python(["recipes/search.py", *QUICK, *where, "--budget", "macs=30%"], reader)
+    done = run_python(python, program("search"), reader, *QUICK, *where, "--budget", "macs=30%")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "best" / WEIGHTS).is_file() and not (tmp_path / "again" / "supernet").exists()
 

@@ -341,15 +341,19 @@ def test_a_read_only_output(tmp_path, capsys):
 
 LAUNCHED = """
 import sys, time
-from timm_resnas.engine.launcher import end_with_launcher
-from timm_resnas.engine.run import RunError, cli_errors
+from timm_resnas.engine.launcher import end_with_launcher, fail
 
 end_with_launcher()
-with cli_errors("some.py"):
-    if sys.argv[1] == "error":
-        raise RunError("what is wrong")
+if sys.argv[1] == "wait":
     print("ready", flush=True)
     time.sleep(100)
+elif sys.argv[1] == "fail":
+    fail("some.py", "error: what is wrong")  # as cli_errors does, which needs torch
+else:
+    from timm_resnas.engine.run import RunError, cli_errors
+
+    with cli_errors("some.py"):
+        raise RunError("what is wrong")
 """
 
 
@@ -373,7 +377,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_launcher_adds_nothing_to_an_error(processes, tmp_path):
     several = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else []
-    process = launch(tmp_path, [*PROGRAM, *several], "error")
+    process = launch(tmp_path, [*PROGRAM, *several], "error" if processes == 1 else "fail")
     _, err = process.communicate(timeout=100)
     ours = [line for line in err.splitlines() if "Traceback" in line or "error" in line.lower()]
     assert ours == ["some.py: error: what is wrong"] and process.returncode != 0

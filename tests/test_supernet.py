@@ -4,12 +4,12 @@ import copy
 import json
 import os
 from ast import literal_eval
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -618,8 +618,11 @@ def _process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_have_the_gradients_of_one(python, tmp_path):
+    code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_supernet as t; "
+    given = dict(env=dict(os.environ), out=tmp_path / "log", err=tmp_path / "log")
+    pids = [python.start(f"{code} t._process({rank}, {str(tmp_path)!r})", **given) for rank in range(2)]
+    assert [python.wait(pid) for pid in pids] == [0, 0], (tmp_path / "log").read_text()
     found = load_file(tmp_path / "grads.safetensors")
     seen = 0
     for name, net, sampler, x in _parallel_cases():
