@@ -83,9 +83,9 @@ def relative_positions(
         and column of keys [N, W], both 0 for the class token; and for each key its row, its column, and whether it is
         the class token, as 0 and 1 [N, H + W + 1].
     """
-    y, x_ = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    rows = (y[None, :] - y[:, None]).clamp(-reach, reach) + reach + 1
-    cols = (x_[None, :] - x_[:, None]).clamp(-reach, reach) + reach + 1
+    row, col = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    rows = (row[None, :] - row[:, None]).clamp(-reach, reach) + reach + 1
+    cols = (col[None, :] - col[:, None]).clamp(-reach, reach) + reach + 1
     rows = F.pad(rows.repeat_interleave(width, dim=0), (0, 0, 1, 0))
     cols = F.pad(cols.repeat(height, 1), (0, 0, 1, 0))
     place = torch.arange(height + width + 1, device=x.device)[None, :]
@@ -627,8 +627,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: AutoFormer) -> dict[
 def _first(key: str, value: torch.Tensor, own: torch.Tensor, qkv_bias_layout: str) -> torch.Tensor:
     """The part of a released supernet's parameter that a network's own takes."""
     if key.startswith("head.") or key == "patch_embed.proj.weight":
-        dims = 1 if key.startswith("head.") else 0  # neither classes nor image channels and pixels
-        return value if dims >= value.ndim else value.narrow(dims, 0, min(own.shape[dims], value.shape[dims]))
+        dim = 1 if key.startswith("head.") else 0  # neither classes nor image channels and pixels
+        return value if dim >= value.ndim else value.narrow(dim, 0, min(own.shape[dim], value.shape[dim]))
     if key.endswith("attn.qkv.weight"):
         value = value.unflatten(0, (-1, 3)).transpose(0, 1)  # rows of q, k and v take turns
         return value[:, : own.shape[0] // 3, : own.shape[1]].flatten(0, 1)
