@@ -3,6 +3,7 @@
     python recipes/latency.py --space micro --batch-size 32 --threads 1 --output latency.json
     python recipes/latency.py --space vit_resnas_tiny --device cuda --batch-size 64 --precision amp --output h200.json
     python recipes/latency.py --supernet runs/digits-micro/supernet --batch-size 1 --threads 2 --output latency.json
+    python recipes/latency.py --space micro --batch-size 1 --runtime onnxruntime --output onnx.json
     accelerate launch recipes/search.py --latency-table latency.json --budget latency=40%
 
 A table is for one device, number of threads, batch size, image size and precision, and for the networks of one space,
@@ -13,6 +14,10 @@ How it is measured (see `timm_resnas.nas.latency`): some tens of networks that t
 run from end to end with a time stamp between the layers, taking turns in `--rounds` rounds; the fastest repeat of all
 rounds counts, their median and spread are kept beside it. A line through the sums, fitted on `--calibration` random
 networks, makes them the latency of a whole network.
+
+`--runtime onnxruntime` measures the networks' ONNX graphs in ONNX Runtime on the CPU, layers by its own profile (see
+`timm_resnas.nas.onnx_timer`); a search with such a table exports its finalists and times them there. Exporting takes
+seconds for each of the networks before its first round.
 
 Then `--verify` other random networks, spread evenly over the space's range of MACs, are measured from end to end, in
 separate rounds, and compared with the prediction: median and largest error, rank correlation, beside what MACs

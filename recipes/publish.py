@@ -12,7 +12,8 @@ training, or of one model. Each model is one commit: readers see what was there 
 that holds something else is left alone (`--overwrite`). Interrupted, the same command sends only what is missing.
 
 Sent are config.json, the weights as safetensors, an input with its logits, a model card, and under `search/` the
-pictures, the history and the results; absolute paths are cut to their last part. The published supernet can be
+pictures, the history and the results; absolute paths are cut to their last part. ONNX files that recipes/export.py made
+of a model go along, under `export/`. The published supernet can be
 searched by anyone: `recipes/search.py --supernet hf-hub:owner/name-supernet`.
 
 The access token is that of `hf auth login`, HF_TOKEN or `--token`; HF_ENDPOINT names another Hub.

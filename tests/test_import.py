@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-OPTIONAL = ("accelerate", "datasets", "matplotlib", "sklearn", "pymoo")
+OPTIONAL = ("accelerate", "datasets", "matplotlib", "sklearn", "pymoo", "onnx", "onnxruntime")
 HEAVY = ("torch", "timm", "huggingface_hub", "yaml", *OPTIONAL)  # timm brings yaml
 
 

@@ -132,6 +132,10 @@ def test_card_keeps_its_form_whatever_the_facts_are(net, tmp_path, value):
                     "latency_device": fact,
                     "searched": {"dataset": fact, "budget": fact, "x": fact},
                     "converted_from": {"file": fact, "y": [fact]},
+                    "export": {
+                        **dict.fromkeys(("dtype", "batch_size", "device", "dataset", "split"), fact),
+                        "runtimes": [dict.fromkeys(("name", "difference", "accuracy", "images", "ms"), fact)],
+                    },
                 },
             ),
             "alice/net",

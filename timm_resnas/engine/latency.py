@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ..arch import Arch
 from ..hub import load
 from ..nas.cost import format_cost
 from ..nas.jsonl import append_jsonl, read_jsonl
-from ..nas.latency import LatencyTable, fit_line, spread_networks
+from ..nas.latency import LatencyTable, fit_line, open_timer, spread_networks
+from ..nas.onnx_timer import OnnxTimer
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.timing import Conditions, LatencyTimer, run_rounds, summary
@@ -64,7 +66,7 @@ class Records:
             append_jsonl(path, [setup])
         self.list = found[1:]
 
-    def measure(self, timer: LatencyTimer, jobs: Jobs, rounds: int, what: str) -> None:
+    def measure(self, timer: LatencyTimer | OnnxTimer, jobs: Jobs, rounds: int, what: str) -> None:
         """All jobs in interleaved rounds; each measurement is written at once."""
         total, begin, fresh = rounds * len(jobs), time.monotonic(), 0
         names = set(jobs)
@@ -186,6 +188,7 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
         num_threads=options.threads or torch.get_num_threads(),
         batch_size=options.batch_size,
         precision=options.precision,
+        runtime=options.runtime,
     )
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +205,8 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
     records = Records(output.with_suffix(".records.jsonl"), setup)
     begin = time.monotonic()
     print(f"{conditions}, torch {conditions.torch}; {space.size():.3g} networks")
-    timer = LatencyTimer(space, conditions, options.min_run_time)
+    graphs = output.with_suffix(".graphs")
+    timer = open_timer(space, conditions, options.min_run_time, graphs)
     records.measure(timer, jobs, options.rounds, "table")
     table = LatencyTable.from_records(space, conditions, jobs, records.list)
     if options.verify:
@@ -213,6 +217,7 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
         records.measure(timer, verified | again, options.rounds, "verification")
         table.notes["verification"] = verify(table, space, verified, again, records)
     table.save(output)
+    shutil.rmtree(graphs, ignore_errors=True)
     print(f"\n{table}; measured in {format_minutes(time.monotonic() - begin)}")
     if options.verify:
         print(report(table, space))

@@ -140,6 +140,8 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
             f"the {screen['rechecked']} closest to the parents would have been among them."
         )
     if finalists := results.get("finalists"):
+        if where := results.get("latency"):
+            lines.append(f"- Latency is that of {where}.")
         lines += [
             f"- Measured end to end: {f['ms']:.4g} ms (predicted {f['predicted_ms']:.4g})"
             + (", above the limit" if f["ms"] > results["budget"]["latency_ms"] else "")

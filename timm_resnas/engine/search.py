@@ -416,10 +416,12 @@ def export(
     options: SearchOptions,
     data: SearchData,
     seen: str | None,
+    latency: str | None = None,
 ) -> None:
     """One network with the supernet's weights, as a folder that timm loads; with the record of what they have seen."""
     info = {
         **{k: record[k] for k in data.space.cost_names if k in record},
+        **({"latency_device": latency} if latency else {}),
         "search_val": {"correct": record["score"], "images": len(data.val)},
         "searched": {k: getattr(options, k) for k in ("dataset", "budget", "search", "seed", "supernet")},
         "weights": "inherited from the supernet",
@@ -476,10 +478,14 @@ def finish(
         scored = {k: v for k, v in evaluator.record(arch).items() if k in ("score", "correct")}
         return in_answers({**arch.record(), "key": arch.key(), **data.space.costs(arch), **scored, **more})
 
+    # where, in which runtime and on how many images latency is that of the table
+    facts["latency"] = table and str(table.conditions)
+    if "latency_ms" in dict(search.budget or ()):
+        run.print(f"\nthe best are timed from end to end on {facts['latency']}")
     best, measured = choose(search, table, run)
     best = in_answers(best)
     seen = read_file(options.supernet or run / "supernet", "training_data.json")
-    export(net, best, run / "best", options, data, seen)
+    export(net, best, run / "best", options, data, seen, facts["latency"])
     largest, *compared = [record(a, test=t) for a, t in zip(others, test_scores, strict=True)]
     free = [record(a) for a in spread]
     shutil.rmtree(run / "pareto", ignore_errors=True)
@@ -494,7 +500,7 @@ def finish(
         points = front([*scored, largest, *compared, *free], cost)
         points = distinct_points(points, cost)
     for k, point in enumerate(points, start=1):
-        export(net, point, run / "pareto" / str(k), options, data, seen)
+        export(net, point, run / "pareto" / str(k), options, data, seen, facts["latency"])
     correct, images = score_of(run / "best", data, device)
     shown = [k for k in ("key", "macs", "params", "memory", "latency_ms", "score") if k in best]
     run.write_json(

@@ -13,6 +13,7 @@ from .options import option
 __all__ = [
     "ConvertOptions",
     "EvaluateOptions",
+    "ExportOptions",
     "LatencyOptions",
     "PublishOptions",
     "SearchOptions",
@@ -24,6 +25,7 @@ __all__ = [
 DATASETS = "digits, fashion-mnist:<dir>, imagefolder:<dir> or hf:<id or folder>"
 PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp")
 TRAINING_FREE = ("dss", "dss_raw", "dss_released", "snip", "synflow", "naswot", "params", "macs")
+RUNTIMES = ("torch", "onnxruntime")
 COUNT, SHARE, POSITIVE, NOT_NEGATIVE = "[1, inf)", "[0, 1]", "(0, inf)", "[0, inf)"
 
 
@@ -436,6 +438,37 @@ class EvaluateOptions(DataOptions, ModelOptions, ProcessOptions):
 
 
 @dataclass(frozen=True)
+class ExportOptions(DataOptions, ModelOptions):
+    """export"""
+
+    config: str | None = option(None, "a file of defaults; flags override them", metavar="FILE.yaml", basic=True)
+    model: str = option(
+        None,
+        "a folder that a recipe or timm saved, hf-hub:<id>, or a name that timm.create_model knows",
+        positional=True,
+    )
+    pretrained: bool = option(True, "with the model's weights; without, random ones", basic=True)
+    output: str | None = option(
+        None, "folder of the files (default: export/ in the model's, or runs/<name>-export)", metavar="DIR", basic=True
+    )
+    dataset: str | None = option(
+        None, f"images to compare on and to score: {DATASETS} (default: noise, no accuracy)", basic=True
+    )
+    split: str | None = option(None, "test, train or another part (default: as evaluate.py)", basic=True)
+    max_images: int | None = option(
+        None, "score on this many images, evenly spaced (default: all)", metavar="N", range=COUNT, basic=True
+    )
+    uint8: bool = option(False, "take pixels as bytes: normalising is a part of what is exported", basic=True)
+    int8: str = option("no", "also a quantised ONNX file", choices=("no", "dynamic"), basic=True)
+    torch_export: bool = option(True, "also a program of torch.export (.pt2)", basic=True)
+    update_card: bool = option(False, "write the numbers into the model's card", basic=True)
+    batch_size: int = option(32, "images of a batch, for throughput and the second comparison", range=COUNT, basic=True)
+    threads: int = option(0, "CPU threads, 0: torch's default", range="[0, 1024]", basic=True)
+    rounds: int = option(15, "times that each runtime is measured, in turns", range=COUNT)
+    min_run_time: float = option(0.1, "seconds of each, but at least three repeats", range=POSITIVE)
+
+
+@dataclass(frozen=True)
 class LatencyOptions:
     """latency"""
 
@@ -454,6 +487,9 @@ class LatencyOptions:
     threads: int = option(1, "CPU threads, 0: torch's default", range="[0, 1024]", basic=True)
     batch_size: int = option(32, "images per forward", range=COUNT, basic=True)
     precision: str = option("float32", "of weights, or autocast (amp)", choices=PRECISIONS, basic=True)
+    runtime: str = option(
+        "torch", "what runs the networks; onnxruntime: their ONNX graphs, on the cpu", choices=RUNTIMES, basic=True
+    )
     rounds: int = option(10, "times that each network is measured", range=COUNT)
     min_run_time: float = option(0.1, "seconds of each, but at least three repeats", range=POSITIVE)
     calibration: int = option(8, "networks that the table's line is fitted on", range=COUNT)

@@ -6,10 +6,11 @@ A model's folder or repository holds
     model.safetensors          the weights
     test_tensors.safetensors   an input and the logits that belong to it
     README.md                  in a repository: the model card
+    export/                    where recipes/export.py made them: ONNX files, and how they compare with PyTorch
 """
 
-from .card import escape_markdown
-from .checks import CONFIG, GOLDEN, WEIGHTS
+from .card import escape_markdown, note_exports
+from .checks import CONFIG, EXPORTS, GOLDEN, WEIGHTS
 from .errors import HubError
 from .load import fetch, load, read_file
 from .push import EVIDENCE, PushResult, push, strip_paths
@@ -19,6 +20,7 @@ from .weights import check_golden, check_tensors, filter_fn_of, sha256_of
 __all__ = [
     "CONFIG",
     "EVIDENCE",
+    "EXPORTS",
     "GOLDEN",
     "WEIGHTS",
     "HubError",
@@ -29,6 +31,7 @@ __all__ = [
     "fetch",
     "filter_fn_of",
     "load",
+    "note_exports",
     "push",
     "read_file",
     "save_pretrained",

@@ -23,14 +23,15 @@ from torch import nn
 from ..arch import Arch
 from ..nas.cost import format_cost
 from ..version import __version__
-from .checks import WEIGHTS, Config, build_on_meta, read_config
+from .checks import CARD, CONFIG, EXPORTS, WEIGHTS, Config, build_on_meta, read_config
 from .weights import read_header
 
-__all__ = ["escape_markdown", "make_card"]
+__all__ = ["escape_markdown", "make_card", "note_exports"]
 
 _BY = "the run that made this repository"
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _MAX_ROWS = 60  # of a table of layers
+_EXPORTS_HEADING = "## Other runtimes"
 
 
 def make_card(
@@ -91,6 +92,7 @@ def make_card(
         *_architecture(config, model),
         *_costs(folder, config, model),
         *_results(results),
+        *_exports(config.info.get("export")),
         *_evidence(config, list(files)),
         *_sources(config, license),
     ]
@@ -326,6 +328,82 @@ def _results(results: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = (r["dataset"], r["split"], r.get("images", ""), r["metric"], value, r.get("by", _BY))
         rows.append(f"| {' | '.join(map(escape_markdown, cells))} |")
     return ["## Results", "\n".join(rows)]
+
+
+def _exports(block: Any) -> list[str]:
+    """What `note_exports` wrote down: how to run the ONNX file, and the runtimes side by side."""
+    if not isinstance(block, Mapping) or not isinstance(block.get("runtimes"), list):
+        return []
+    rows = [r for r in block["runtimes"] if isinstance(r, Mapping)]
+    dtype = "uint8" if block.get("dtype") == "uint8" else "float32"
+    form = "pixels, 0 to 255" if dtype == "uint8" else "normalised pixels"
+    lines = [
+        "import numpy as np, onnxruntime",
+        "",
+        f"session = onnxruntime.InferenceSession({EXPORTS + '/model.onnx'!r})",
+        "known = session.get_modelmeta().custom_metadata_map  # input_size, mean, std, label_names, … as JSON",
+        f'(logits,) = session.run(None, {{"images": images}})  # {dtype} [B, C, H, W], {form}',
+    ]
+    batch = _line(block.get("batch_size"))
+    table = [
+        f"| runtime | logits differ by | accuracy | images | ms, batch 1 | images/s, batch {escape_markdown(batch)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        keys = ("name", "difference", "accuracy", "images", "ms", "images_per_second")
+        table.append(f"| {' | '.join(escape_markdown(row.get(key, '')) for key in keys)} |")
+    where = f"Differences are shares of the largest logit. Measured on {escape_markdown(block.get('device'))}"
+    if block.get("dataset"):
+        where += f"; accuracy on {escape_markdown(block['dataset'])}, {escape_markdown(block.get('split'))}"
+    return [_EXPORTS_HEADING, "```python\n" + "\n".join(lines) + "\n```", "\n".join(table), f"{where}."]
+
+
+def note_exports(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write what was measured of a model's exported files into its config.json, which its card is made from.
+
+    A card that lies in the folder already gets the numbers as well, in place of those that it had.
+
+    Args:
+        folder: The model's.
+        results: What `engine.export.export` returned.
+    """
+    here, rows = results["conditions"], []
+    for row in results["runtimes"]:
+        facts: dict[str, Any] = {"name": row["name"]}
+        if "differences" in row:
+            facts["difference"] = f"{max(row['differences'].values()):.1e}"
+        if "correct" in row:
+            facts |= {"accuracy": f"{row['correct'] / row['images']:.4f}", "images": row["images"]}
+        if "latency" in row:
+            facts["ms"] = f"{row['latency']['ms']:.4g}"
+            facts["images_per_second"] = f"{row['throughput']['images_per_second']:,.0f}"
+        rows.append(facts)
+    device = f"{here['device_name']}, {here['num_threads']} thread{'s' * (here['num_threads'] > 1)}"
+    block = {
+        "dtype": results["input"]["dtype"],
+        "batch_size": here["batch_size"],
+        "device": f"{device}, torch {here['torch']}, ONNX Runtime {here['onnxruntime']} ({here['provider']})",
+        "dataset": results["dataset"],
+        "split": results["split"],
+        "runtimes": rows,
+    }
+    data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    data["timm_resnas"] = {**data.get("timm_resnas", {}), "export": block}
+    _replace(folder / CONFIG, json.dumps(data, indent=2) + "\n")
+    if (card := folder / CARD).is_file():
+        text = card.read_text(encoding="utf-8")
+        begin = re.search(rf"^{_EXPORTS_HEADING}$", text, re.M)
+        end = re.compile(r"^#{1,2} ", re.M).search(text, begin.end()) if begin else None
+        before, after = (text[: begin.start()], text[end.start() :] if end else "") if begin else (text, "")
+        parts = [before.rstrip("\n"), *_exports(block), after]
+        _replace(card, "\n\n".join(p for p in parts if p).rstrip("\n") + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _evidence(config: Config, files: list[str]) -> list[str]:

@@ -26,6 +26,7 @@ from .errors import HubError
 __all__ = ["Config", "build_on_meta", "plain_name", "read_config"]
 
 CONFIG, WEIGHTS, GOLDEN, CARD = "config.json", "model.safetensors", "test_tensors.safetensors", "README.md"
+EXPORTS = "export"  # folder of a model's files for other runtimes
 PICKLES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 MAX_PARAMS = 8_000_000_000  # the largest models of timm have 7

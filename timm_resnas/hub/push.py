@@ -18,10 +18,10 @@ from torch import nn
 
 from ..version import __version__
 from .card import make_card
-from .checks import CARD, CONFIG, GOLDEN, PICKLES, WEIGHTS, build_on_meta, read_config
+from .checks import CARD, CONFIG, EXPORTS, GOLDEN, PICKLES, WEIGHTS, build_on_meta, read_config
 from .errors import NO_TOKEN, TRIES, HubError, check_repo_id, hub_errors, retry, status_of
 from .save import save_pretrained
-from .weights import check_weights
+from .weights import check_weights, sha256_of
 
 __all__ = ["EVIDENCE", "PushResult", "push", "strip_paths"]
 
@@ -186,6 +186,7 @@ def _contents(
         if path.suffix in _PUBLISHED and not path.name.startswith("."):
             _check_regular(path)
             sources[path.name] = path
+    sources |= _exports(folder)
     for name, path in (files or {}).items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in (CONFIG, WEIGHTS, CARD):
             raise HubError(f"{name!r} cannot be the name of an additional file")
@@ -228,6 +229,29 @@ def _contents(
     )
     sources[CARD] = str(card).encode()
     return sources, str(card)
+
+
+def _exports(folder: Path) -> dict[str, Path]:
+    """Files for other runtimes, by their names in the repository; not programs of torch.export, whose reader unpickles.
+
+    Raises:
+        HubError: They are of other weights than the folder's.
+    """
+    exports = folder / EXPORTS
+    if not exports.is_dir():
+        return {}
+    try:
+        weights = json.loads((exports / "results.json").read_text(encoding="utf-8"))["weights"]
+    except (OSError, ValueError, LookupError, TypeError):
+        weights = None
+    if weights != sha256_of(folder / WEIGHTS):
+        raise HubError(f"{exports} was not made from {folder / WEIGHTS}; run recipes/export.py again, or remove it")
+    found = {}
+    for path in sorted(exports.iterdir()):
+        if path.suffix in (".onnx", *_PUBLISHED) and not path.name.startswith("."):
+            _check_regular(path)
+            found[f"{EXPORTS}/{path.name}"] = path
+    return found
 
 
 def _check_regular(path: Path) -> None:
@@ -300,4 +324,4 @@ def _stale_files(
                 f"({', '.join(sorted(names)[:4])}); choose another name, or overwrite (--overwrite) to commit over it"
             )
     ours = {GOLDEN, *PICKLES}
-    return sorted(n for n in names if n not in sources and (n in ours or n.startswith(f"{EVIDENCE}/")))
+    return sorted(n for n in names if n not in sources and (n in ours or n.startswith((f"{EVIDENCE}/", f"{EXPORTS}/"))))

@@ -2,7 +2,8 @@
 
 `LatencyTable` is a dict from `Layer` to milliseconds, for one device, number of threads, batch size and precision; a
 network's latency is a line through the sum of its layers. What is measured is what a user deploys, the plain timm
-network in eval and inference mode: some tens of networks, chosen so that together they hold every layer, see `timing`.
+network in eval and inference mode, or its graph in ONNX Runtime: some tens of networks, chosen so that together they
+hold every layer, see `timing` and `onnx_timer`.
 
 Every layer of the space is measured, except where a gene has more than 8 choices: of these 8 spread evenly are, and a
 layer between them is interpolated along one axis of its shape, or along two.
@@ -21,7 +22,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,20 @@ import numpy as np
 
 from ..arch import Arch, Layer
 from .cost import Budget
+from .onnx_timer import OnnxTimer
 from .space import BudgetError, SearchSpace
 from .tables import layers_at
-from .timing import Conditions, LatencyError, LatencyTimer, device_name, measure, run_rounds, summary
+from .timing import Conditions, LatencyError, LatencyTimer, device_name, run_rounds, summary
 
-__all__ = ["LatencyTable", "cover_networks", "fit_line", "measure_network", "measured_layers", "spread_networks"]
+__all__ = [
+    "LatencyTable",
+    "cover_networks",
+    "fit_line",
+    "measure_network",
+    "measured_layers",
+    "open_timer",
+    "spread_networks",
+]
 
 _FORMAT, _FORMAT_1 = "timm_resnas latency table 2", "timm_resnas latency table 1"
 _MAX_CHOICES = 8  # values measured of one gene
@@ -227,10 +237,27 @@ def spread_networks(space: SearchSpace, count: int, seed: int, avoid: Iterable[A
     return list(found.values())
 
 
+def open_timer(
+    space: SearchSpace, conditions: Conditions, min_run_time: float = 0.1, folder: str | os.PathLike | None = None
+) -> LatencyTimer | OnnxTimer:
+    """What times networks of the space in the conditions' runtime; ``folder`` is where ONNX graphs are kept.
+
+    Raises:
+        LatencyError: The conditions are of another device.
+        ImportError: The runtime is not installed.
+    """
+    if conditions.runtime == "onnxruntime":
+        return OnnxTimer(space, conditions, min_run_time, folder)
+    return LatencyTimer(space, conditions, min_run_time)
+
+
 def measure_network(
     arch: Any, space: SearchSpace, table: LatencyTable, *, rounds: int = 30, min_run_time: float = 0.1
 ) -> dict[str, float]:
-    """Latency of a network of the space from end to end, under the table's conditions, as `measure` gives it.
+    """Latency of a network of the space from end to end, in the runtime and under the conditions of the table.
+
+    Returns:
+        As `timing.measure` does.
 
     Raises:
         LatencyError: The table is of another space or device.
@@ -239,8 +266,8 @@ def measure_network(
     arch = space.arch_type.parse(arch)
     table.check(space, device=table.conditions.device)
     space.encode(arch)
-    net = LatencyTimer(space, table.conditions).network(arch)
-    return measure(net, table.conditions, rounds=rounds, min_run_time=min_run_time)
+    timer = open_timer(space, table.conditions, min_run_time)
+    return summary([min(timer.total(arch)) for _ in range(rounds)])
 
 
 def fit_line(x: Sequence[float], y: Sequence[float], through_zero: bool = False) -> tuple[float, float]:
@@ -347,18 +374,22 @@ class LatencyTable:
         Args:
             space: The search space, with the model arguments that its networks are built with.
             **conditions: What must be the table's: any of the names of `Conditions`. ``device`` also means that this
-                machine's device has the same name.
+                machine's device has the same name, and the table's runtime is installed.
 
         Raises:
             LatencyError: With every condition that differs, or with the layer.
+            ImportError: The runtime is not installed.
         """
         own = asdict(self.conditions)
         if unknown := set(conditions) - set(own):
             raise TypeError(f"unknown condition {min(unknown)!r}; known: {', '.join(own)}")
         wrong = [(k, own[k], v) for k, v in conditions.items() if v is not None and v != own[k]]
         device = conditions.get("device")
-        if device == own["device"] and (name := device_name(device)) != own["device_name"]:
-            wrong.append(("device_name", own["device_name"], name))
+        if device == own["device"]:
+            if (name := device_name(device)) != own["device_name"]:
+                wrong.append(("device_name", own["device_name"], name))
+            elif not wrong:
+                self.conditions.check_device()
         if wrong:
             text = "; ".join(f"{k} is {theirs!r}, the table's is {ours!r}" for k, ours, theirs in wrong)
             raise LatencyError(f"the latency table does not fit: {text}. Measure one for these conditions")
@@ -429,7 +460,7 @@ class LatencyTable:
     ) -> LatencyTable:
         """Measure a table on this machine; ``recipes/latency.py`` does the same with progress, resuming and a check."""
         jobs = cls.jobs(space, calibration, seed)
-        return cls.from_records(space, conditions, jobs, run_rounds(LatencyTimer(space, conditions), jobs, rounds))
+        return cls.from_records(space, conditions, jobs, run_rounds(open_timer(space, conditions), jobs, rounds))
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -468,10 +499,11 @@ class LatencyTable:
         if got != _FORMAT:
             raise LatencyError(f"not a latency table of format {_FORMAT!r}, got {got!r:.60}")
         try:
+            needed = {f.name for f in fields(Conditions) if f.default is MISSING}
             known = {f.name for f in fields(Conditions)}
-            if set(data["conditions"]) != known:
+            if not needed <= set(data["conditions"]) <= known:
                 got = ", ".join(data["conditions"])
-                raise LatencyError(f"conditions must have {', '.join(sorted(known))}; got {got}")
+                raise LatencyError(f"conditions must have {', '.join(sorted(needed))}; got {got}")
             layers: dict[Layer, dict[str, float]] = {}
             for i, row in enumerate(data["layers"]):
                 layer = _read_layer(i, row)

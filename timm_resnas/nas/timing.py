@@ -29,6 +29,8 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from .onnx import CPU_PROVIDER, package
+
 if TYPE_CHECKING:
     from ..arch import Arch
     from .space import SearchSpace
@@ -38,10 +40,14 @@ __all__ = [
     "LatencyError",
     "LatencyTimer",
     "PRECISIONS",
+    "RUNTIMES",
     "device_name",
+    "images_of",
     "layer_starts",
     "measure",
     "measure_layers",
+    "repeat_call",
+    "repeats",
     "run_rounds",
     "summary",
 ]
@@ -57,6 +63,9 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype]] = {
     "amp_bfloat16": (torch.bfloat16, torch.float32),
     "amp": (torch.float16, torch.float32),
 }
+
+
+RUNTIMES = ("torch", "onnxruntime")
 
 
 class LatencyError(ValueError):
@@ -77,6 +86,9 @@ class Conditions:
         batch_size: Images per forward.
         precision: Name in `PRECISIONS`.
         torch: Version of torch.
+        runtime: What runs the network: ``"torch"``, or ``"onnxruntime"`` (on the CPU, in float32).
+        provider: ONNX Runtime's execution provider.
+        onnxruntime: Its version.
 
     Raises:
         LatencyError: A value is of the wrong type or out of range.
@@ -88,6 +100,9 @@ class Conditions:
     batch_size: int
     precision: str
     torch: str
+    runtime: str = "torch"
+    provider: str | None = None
+    onnxruntime: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("device", "device_name", "precision", "torch"):
@@ -101,27 +116,54 @@ class Conditions:
             raise LatencyError(f"latency is measured on cpu or cuda, got device {self.device!r:.40}")
         if self.precision not in PRECISIONS:
             raise LatencyError(f"unknown precision {self.precision!r:.40}; known: {', '.join(PRECISIONS)}")
+        if self.runtime not in RUNTIMES:
+            raise LatencyError(f"unknown runtime {self.runtime!r:.40}; known: {', '.join(RUNTIMES)}")
+        texts = (self.provider, self.onnxruntime)
+        if self.runtime == "torch":
+            if texts != (None, None):
+                raise LatencyError(f"provider and onnxruntime are conditions of ONNX Runtime, got {texts!r:.80}")
+        elif not all(isinstance(text, str) for text in texts):
+            raise LatencyError(f"provider and onnxruntime must be texts, got {texts!r:.80}")
+        elif (self.device, self.precision) != ("cpu", "float32"):
+            raise LatencyError(
+                f"ONNX Runtime is measured on the cpu in float32, got {self.device} and {self.precision}"
+            )
 
     @classmethod
     def here(
-        cls, *, batch_size: int, num_threads: int | None = None, precision: str = "float32", device: str = "cpu"
+        cls,
+        *,
+        batch_size: int,
+        num_threads: int | None = None,
+        precision: str = "float32",
+        device: str = "cpu",
+        runtime: str = "torch",
     ) -> Conditions:
-        """Conditions on this machine; ``num_threads=None`` is torch's current number."""
+        """Conditions on this machine; ``num_threads=None`` is torch's current number.
+
+        Raises:
+            ImportError: ONNX Runtime is not installed.
+        """
         threads = torch.get_num_threads() if num_threads is None else num_threads
-        return cls(device, device_name(device), threads, batch_size, precision, torch.__version__)
+        onnx = (CPU_PROVIDER, package("onnxruntime").__version__) if runtime == "onnxruntime" else ()
+        return cls(device, device_name(device), threads, batch_size, precision, torch.__version__, runtime, *onnx)
 
     def check_device(self) -> None:
         """Say when this machine's device is another one.
 
         Raises:
             LatencyError: With both names.
+            ImportError: The runtime is not installed.
         """
         if (name := device_name(self.device)) != self.device_name:
             raise LatencyError(f"the conditions are of {self.device_name!r}, this machine's device is {name!r}")
+        if self.runtime == "onnxruntime":
+            package("onnxruntime")
 
     def __str__(self) -> str:
         threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
-        return f"{self.device_name} ({self.device}), {threads}, batch {self.batch_size}, {self.precision}"
+        text = f"{self.device_name} ({self.device}), {threads}, batch {self.batch_size}, {self.precision}"
+        return text if self.runtime == "torch" else f"{text}, ONNX Runtime {self.onnxruntime} ({self.provider})"
 
 
 def device_name(device: str) -> str:
@@ -236,11 +278,33 @@ def _stamps(
     return np.diff(np.array(rows), axis=1) * 1e3, max(0.0, 1 - own / wall)
 
 
-def _repeats(min_run_time: float, seconds: float) -> int:
+def repeat_call(call: Callable[[], Any], number: int, num_threads: int = 1) -> tuple[np.ndarray, float]:
+    """Milliseconds of each of ``number`` calls that end when their work is done, after warming up; and the contention.
+
+    Args:
+        call: What is timed.
+        number: How often.
+        num_threads: torch's threads meanwhile.
+    """
+    seconds: list[float] = []
+
+    def timed() -> None:
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+
+    wall, own = time.perf_counter(), time.thread_time()
+    Timer("timed()", globals={"timed": timed}, num_threads=num_threads).timeit(number)
+    wall, own = time.perf_counter() - wall, time.thread_time() - own
+    return np.array(seconds[-number:]) * 1e3, max(0.0, 1 - own / wall)
+
+
+def repeats(min_run_time: float, seconds: float) -> int:
+    """How many calls of so many seconds make a round of ``min_run_time`` seconds: 3 to 1000."""
     return min(max(math.ceil(min_run_time / max(seconds, 1e-9)), _MIN_REPEATS), _MAX_REPEATS)
 
 
-def _images(net: nn.Module, conditions: Conditions) -> torch.Tensor:
+def images_of(net: nn.Module, conditions: Conditions) -> torch.Tensor:
     """Random images of the network's size, [B, C, H, W]."""
     cfg = getattr(net, "pretrained_cfg", None) or {}
     size = getattr(net, "img_size", None) or getattr(getattr(net, "patch_embed", None), "img_size", None)
@@ -302,8 +366,8 @@ def _rounds(
     """Fastest repeat of each part in each round, [rounds, parts]."""
     conditions.check_device()
     model = model.to(conditions.device, PRECISIONS[conditions.precision][1]).eval()
-    x = _images(model, conditions)
-    number = _repeats(min_run_time, float(_stamps(model, x, starts, 1, conditions)[0].sum()) / 1e3)
+    x = images_of(model, conditions)
+    number = repeats(min_run_time, float(_stamps(model, x, starts, 1, conditions)[0].sum()) / 1e3)
     return np.stack([_stamps(model, x, starts, number, conditions)[0].min(axis=0) for _ in range(rounds)])
 
 
@@ -376,10 +440,10 @@ class LatencyTimer:
         return self._repeat(arch, net, starts)
 
     def _repeat(self, arch: Arch, net: nn.Module, starts: Sequence[nn.Module] | None) -> np.ndarray:
-        x, key = _images(net, self.conditions), arch.canonical().key()
+        x, key = images_of(net, self.conditions), arch.canonical().key()
         if key not in self._seconds:
             self._seconds[key] = float(_stamps(net, x, starts, 1, self.conditions)[0].sum()) / 1e3
-        number = _repeats(self.min_run_time, self._seconds[key])
+        number = repeats(self.min_run_time, self._seconds[key])
         ms, self.contention = _stamps(net, x, starts, number, self.conditions)
         return ms
 
@@ -394,7 +458,7 @@ def run_rounds(
     """Measure networks in interleaved rounds, each round in another order.
 
     Args:
-        timer: A `LatencyTimer`.
+        timer: A `LatencyTimer` or `OnnxTimer`.
         jobs: By name a network, and whether its layers are timed (else the whole).
         num_rounds: How often each network is measured.
         done: Records of an earlier, broken run; what they hold is not measured again.
