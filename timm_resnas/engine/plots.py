@@ -15,7 +15,7 @@ from ..nas.evolution import rank_key
 from ..nas.space import SearchSpace
 from .run import atomic_write
 
-__all__ = ["accuracies", "draw_choices", "draw_pareto", "draw_progress", "draw_training", "objectives"]
+__all__ = ["accuracies", "draw_choices", "draw_pareto", "draw_progress", "draw_speed", "draw_training", "objectives"]
 
 COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd"}
 TOP = 25  # networks whose choices are shown, where the search has no parents
@@ -144,6 +144,26 @@ def draw_progress(
     right.set_title("candidates per generation", fontsize=10)
     right.grid(alpha=0.25)
     right.legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def draw_speed(path: Path, report: dict[str, Any]) -> None:
+    """Images per second against MACs, of each model in each form; a report of recipes/benchmark_models.py."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rows = report["rows"]
+    for form, marker in zip(dict.fromkeys(r["form"] for r in rows), "os^Dv*PX<>" * len(rows), strict=False):
+        own = [r for r in rows if r["form"] == form]
+        axes.scatter([r["macs"] / 1e9 for r in own], [r["images_per_second"] for r in own], marker=marker, label=form)
+    for name in dict.fromkeys(r["model"] for r in rows):
+        fastest = max((r for r in rows if r["model"] == name), key=lambda r: r["images_per_second"])
+        point = (fastest["macs"] / 1e9, fastest["images_per_second"])
+        axes.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="GMACs of an image", ylabel="images per second")
+    axes.set_title(f"{report['device']}, {report['threads']} threads, batch {report['batch_size']}", fontsize=10)
+    axes.margins(x=0.2, y=0.1)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8)
     save(figure, path)
 
 

@@ -116,7 +116,8 @@ class ReversibleBlocks(nn.Sequential):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return both streams after the blocks from `start` up to `end`."""
         blocks = list(self)[start:end]
-        if self.reversible and torch.is_grad_enabled() and blocks and not torch.compiler.is_compiling():
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # of the blocks themselves
+        if self.reversible and torch.is_grad_enabled() and blocks and not graph:
             params = dict.fromkeys(p for block in blocks for p in block.parameters())  # each once, were they shared
             return _Reversible.apply(blocks, x1, x2, *params)
         for block in blocks:

@@ -168,7 +168,7 @@ class RelPosAttention(nn.Module):
         q, k, v = qkv.reshape(B, N, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused_attn:
             if self.rel_pos_k is not None and self.rel_pos_v is not None:
-                where = places.to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
+                where = places.to(q.dtype).expand(qkv.shape[0], q.shape[1], -1, -1)
                 q = torch.cat([q, torch.einsum("bhnd,nsd->bhns", q, self.rel_pos_k(rows, cols))], dim=-1)
                 k, v = torch.cat([k, where], dim=-1), torch.cat([v, where], dim=-1)
             drop = self.attn_drop.p if self.training else 0.0
