@@ -82,6 +82,7 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self._loader  # nobody else sees this one
         if not self._finder.busy.acquire(blocking=False):
             return self._loader.exec_module(module)

@@ -84,7 +84,7 @@ class Units(NamedTuple):
     """
 
     name: str
-    count: int
+    count: int  # type: ignore[assignment]  # in front of tuple's method
     parts: tuple[Part, ...]
 
 

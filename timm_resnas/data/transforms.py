@@ -44,8 +44,8 @@ class ImageTransform:
         self.data_config = data_config
         self.input_size = tuple(data_config["input_size"])
         self.background = parse_background(data_config.get("background", WHITE))
-        self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0])
-        if self.mode is None:
+        self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0], "")
+        if not self.mode:
             raise DataError(f"models with {self.input_size[0]} input channels have no image data; use 3, or 1 for grey")
         if not len(data_config["mean"]) == len(data_config["std"]) == self.input_size[0]:
             raise DataError(

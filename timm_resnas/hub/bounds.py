@@ -176,7 +176,7 @@ class SmallTensors(TorchDispatchMode):
         super().__init__()
         self.where = where
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.is_view or func is torch.ops.aten._local_scalar_dense.default:  # frequent, and no memory
             return func(*args, **kwargs)

@@ -143,7 +143,7 @@ def _check_nesting(data: Any, where: str) -> None:
             raise HubError(f"{where} is nested too deeply; at most {_MAX_NESTING} levels are read")
         if count > _MAX_VALUES:
             raise HubError(f"{where} holds more than {_MAX_VALUES:,} values")
-        inner = []
+        inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
                 inner += value.values()
@@ -211,9 +211,9 @@ def _check_cfg(cfg: dict[str, Any], where: str, strict: bool, in_chans: Any) -> 
             raise HubError(f"{where}: {name} has {len(values)} numbers, expected one for each of {channels} channels")
         if name == "std" and not all(v >= 1e-4 for v in values):
             raise HubError(f"{where}: std must be at least 0.0001, got {_short(values)}")
-    for name, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
-        if cfg.get(name) is not None and cfg[name] not in known:
-            raise HubError(f"{where}: {name} must be one of {', '.join(known)}, got {_short(cfg[name])}")
+    for name, choices in (("interpolation", _INTERPOLATIONS), ("crop_mode", _CROP_MODES)):
+        if cfg.get(name) is not None and cfg[name] not in choices:
+            raise HubError(f"{where}: {name} must be one of {', '.join(choices)}, got {_short(cfg[name])}")
     for name in ("num_classes", "label_offset"):
         if cfg.get(name) is not None:
             _integer(cfg[name], f"{where}: {name}", 0)

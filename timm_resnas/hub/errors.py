@@ -168,7 +168,7 @@ def hub_errors(
         if not _is_cut_off(e):
             raise
         raise HubError(f"{what} arrived cut off, again and again; try later") from e
-    except (*_client_errors("DecodingError"), json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    except (*_client_errors("DecodingError"), json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:  # type: ignore[misc]
         raise HubError(
             f"the Hub's answer about {what} cannot be understood ({type(e).__name__}: {first_line(e)}); check "
             f"HF_ENDPOINT and proxies"

@@ -227,7 +227,7 @@ class _Remote:
         endpoint: str | None,
     ) -> None:
         self.repo_id, self.revision, self._asked = repo_id, revision, revision
-        self._args = dict(token=token, cache_dir=cache_dir, endpoint=endpoint)
+        self._args: dict[str, Any] = dict(token=token, cache_dir=cache_dir, endpoint=endpoint)
         self.sizes: dict[str, int | None] | None = None  # unknown without the Hub
         self.because: str | None = None  # why it is not asked
         api = hf.HfApi(endpoint=endpoint, token=token)
@@ -285,7 +285,7 @@ class _Remote:
                 library_version=__version__,
                 tqdm_class=_meter(f"{self}: {name}", most),
                 **self._args,
-            )
+            )  # type: ignore[return-value]  # a str without dry_run
 
         return Path(retry(lambda: _within(_PATIENCE + (most or 0) / _SLOWEST, download, f"{self}: {name}")))
 

@@ -123,7 +123,7 @@ def push(
 
             def commit() -> hf.CommitInfo:
                 # made for each try: the client marks what it has sent
-                operations = [hf.CommitOperationAdd(name, source) for name, source in sources.items()]
+                operations: list[Any] = [hf.CommitOperationAdd(name, source) for name, source in sources.items()]
                 if stale:  # an earlier try may have deleted them, though its answer got lost
                     there = {f.rfilename for f in api.model_info(repo_id, revision=revision).siblings or ()}
                     operations += [hf.CommitOperationDelete(name) for name in stale if name in there]
@@ -172,8 +172,8 @@ def _contents(
     files: Mapping[str, str | os.PathLike] | None,
     text: str | None,
     endpoint: str | None,
-) -> tuple[dict[str, bytes | Path], str]:
-    """What the repository will hold, by name, and the card; the folder is checked as a reader would."""
+) -> tuple[dict[str, Any], str]:
+    """What the repository will hold by name, bytes or a Path, and the card; the folder is checked as a reader would."""
     for name in (CONFIG, WEIGHTS):
         if (folder / name).exists():
             _check_regular(folder / name)
@@ -181,18 +181,18 @@ def _contents(
     if not (folder / WEIGHTS).is_file():
         raise HubError(f"{folder} holds no {WEIGHTS}; expected a folder of save_pretrained")
     check_weights(folder / WEIGHTS, config, build_on_meta(config))
-    sources: dict[str, bytes | Path] = {}
+    sources: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in _PUBLISHED and not path.name.startswith("."):
             _check_regular(path)
             sources[path.name] = path
     sources |= _exports(folder)
-    for name, path in (files or {}).items():
+    for name, file in (files or {}).items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in (CONFIG, WEIGHTS, CARD):
             raise HubError(f"{name!r} cannot be the name of an additional file")
-        if not Path(path).is_file():
-            raise HubError(f"there is no file {path}")
-        sources[name] = Path(path)
+        if not Path(file).is_file():
+            raise HubError(f"there is no file {file}")
+        sources[name] = Path(file)
     block = strip_paths({**config.info, **(info or {})})
     if results:
         block["results"] = [dict(r) for r in results]

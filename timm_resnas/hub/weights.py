@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "sha256_of",
 ]
 
+_Header = dict[str, tuple[Any, tuple[int, ...]]]  # of each tensor: torch.dtype, or its name in a file; shape
 _MAX_HEADER_BYTES = 8 << 20
 _SPARE = 1 << 22  # elements that a network may have beyond four times its file's
 
@@ -108,7 +110,11 @@ def check_tensors(
     """
     if expected is not None:
         _compare({k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, expected, where, "the network's weights")
-    bad = {"of a type that weights do not have": [], "not finite (NaN or infinite)": [], "negative variances": []}
+    bad: dict[str, list[str]] = {
+        "of a type that weights do not have": [],
+        "not finite (NaN or infinite)": [],
+        "negative variances": [],
+    }
     for name, tensor in tensors.items():
         kind = _kind(tensor.dtype)
         if kind is None:
@@ -168,7 +174,7 @@ def sha256_of(path: str | os.PathLike) -> str:
     return found.hexdigest()
 
 
-def read_header(path: Path, where: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(path: Path, where: str) -> _Header:
     """Dtype and shape of each tensor of a safetensors file."""
     try:
         size = path.stat().st_size
@@ -194,9 +200,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[str, tuple[int, ...]]
         raise HubError(f"{where} is not a safetensors file: {str(e):.200}") from None
 
 
-def _filtered(
-    found: dict[str, tuple[str, tuple[int, ...]]], config: Config, model: nn.Module, where: str
-) -> dict[str, tuple[torch.dtype | str, tuple[int, ...]]]:
+def _filtered(found: _Header, config: Config, model: nn.Module, where: str) -> _Header:
     """The header after timm's checkpoint_filter_fn of the architecture, for layouts that it converts."""
     if sum(math.prod(shape) for _, shape in found.values()) > 2 * sum(t.numel() for t in model.state_dict().values()):
         return found  # not this network in another layout

@@ -14,7 +14,7 @@ __all__ = ["Budget", "BudgetError", "budget_violation", "describe_layers", "form
 
 _NAMES = ("macs", "params", "latency_ms", "memory")
 _KINDS = {"macs": "count", "params": "count", "latency_ms": "time", "memory": "bytes"}
-_UNITS = {
+_UNITS: dict[str, dict[str, Any]] = {
     "count": {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12},
     "time": {"": 1, "ms": 1, "us": Decimal("0.001"), "s": 1000},
     "bytes": {"": 1, "b": 1}
@@ -99,12 +99,12 @@ class Budget:
                 )
             if name in limits:
                 raise ValueError(f"budget {text!r}: {name} is given twice")
-            units = dict(_UNITS[_KINDS[name]]) if name != "lower" else {"": 1}
+            units: dict[str, Any] = dict(_UNITS[_KINDS[name]]) if name != "lower" else {"": 1}
             if share_of is not None and name in share_of:
                 units["%"] = Decimal(share_of[name]) / 100
             match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]{1,3})?)\s*([a-z]*|%)", value.lower())
             try:
-                number = Decimal(match[1]) * units[match[2]]
+                number = Decimal(match[1]) * units[match[2]]  # type: ignore[index]  # None is a TypeError
             except (TypeError, KeyError, InvalidOperation):
                 known = ", ".join(u for u in units if u) or "none"
                 raise ValueError(f"budget {text!r}: cannot read {value!r}; expected a number, units: {known}") from None
@@ -189,12 +189,12 @@ def describe_layers(layers: Iterable[Layer]) -> str:
     for _, run in runs:
         kinds = [layer.kind for layer in run]
         counts = [f"{kinds.count(k)} {k}" if len(run) > 1 else k for k in dict.fromkeys(kinds)]
-        shape: dict[str, list[int]] = {}
+        shapes: dict[str, list[int]] = {}
         for layer in run:
             for name, value in layer.shape:
                 if not name.startswith("params_"):  # only tells layers of one form apart
-                    shape.setdefault(name, []).append(value)
-        texts = [f"{n} {v[0] if len(set(v)) == 1 else ' '.join(map(str, v))}" for n, v in shape.items()]
+                    shapes.setdefault(name, []).append(value)
+        texts = [f"{n} {v[0] if len(set(v)) == 1 else ' '.join(map(str, v))}" for n, v in shapes.items()]
         macs, params = (sum(getattr(layer, n) for layer in run) for n in ("macs", "params"))
         rows.append(f"| {', '.join(counts)} | {', '.join(texts)} | {macs:,} | {params:,} |")
     return "\n".join(rows)

@@ -43,7 +43,7 @@ def count_modules(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]
         if getattr(module, "fused_attn", False):
             module.fused_attn = False
     try:
-        with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():  # type: ignore[arg-type]
             skeleton(torch.empty(1, *input_size, device="meta"))
     except (AssertionError, RuntimeError) as e:
         size = " x ".join(map(str, input_size))

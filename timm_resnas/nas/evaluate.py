@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -125,10 +125,12 @@ class Evaluator:
             )
         self.net = net.eval()
         self.parts = [batches] if prescreen is None else [prescreen, batches]
-        self.rank, self.world, self.gather, self.next_index = rank, world, gather, next_index
+        self.rank, self.world = rank, world
+        self.gather, self.next_index = cast(Callable, gather), cast(Callable, next_index)  # called where world > 1
         self.dtype = dtype
         self.measure, self.fine = SCORES[score], score != "accuracy"
-        self._full: list[torch.Tensor] | None = [] if score in ("agreement", "cosine") else None
+        self._full: list[torch.Tensor] = []  # see _full_logits
+        self._needs_full = score in ("agreement", "cosine")
         self.fingerprint = fingerprint if score == "accuracy" else f"{fingerprint} {score}"
         self.num_computed = 0
         self._sizes: list[int] | None = None  # images of each part
@@ -146,7 +148,7 @@ class Evaluator:
             for file in sorted(folder.glob("scores-*.jsonl")):
                 known += [_checked(r, file) for r in read_jsonl(file) if r.get("fingerprint") == self.fingerprint]
         # processes may see different files (a disk each), but must agree on what is left to score
-        self._remember(known if world == 1 else gather(known))
+        self._remember(known if world == 1 else self.gather(known))
 
     def score(
         self, archs: Sequence[Arch], report: Callable[[int], None] | None = None, at_least: int | None = None
@@ -222,7 +224,7 @@ class Evaluator:
                     images = 0
                     for batch, (shared, labels) in enumerate(self._batches(part) if left else ()):
                         images += len(labels)
-                        targets = labels if self._full is None else self._full_logits(batch, shared)
+                        targets = self._full_logits(batch, shared) if self._needs_full else labels
                         for i in left:
                             net.set_arch(archs[i])
                             logits = net.forward_shared(shared)

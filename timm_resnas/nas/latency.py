@@ -143,7 +143,7 @@ def cover_networks(space: SearchSpace) -> list[Arch]:
         LatencyError: No network was found for a layer.
     """
     wanted = measured_layers(space)
-    number = {layer: i for i, layer in enumerate(wanted)}
+    number: dict[Layer | None, int] = {layer: i for i, layer in enumerate(wanted)}
     cells = []  # number of the layer for each combination of a position's genes, -1: none that is wanted
     for position in space.positions:
         ids = np.full([len(space.genes[g].choices) for g in position.genes], -1)
@@ -270,7 +270,9 @@ def measure_network(
     return summary([min(timer.total(arch)) for _ in range(rounds)])
 
 
-def fit_line(x: Sequence[float], y: Sequence[float], through_zero: bool = False) -> tuple[float, float]:
+def fit_line(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, through_zero: bool = False
+) -> tuple[float, float]:
     """(a, b) of the line a + b x with a >= 0 and b > 0 that has the least sum of absolute relative errors.
 
     Such a line passes through two of the points, or one and zero; all are tried, so that a few bad points decide

@@ -20,10 +20,10 @@ class Moments:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._u: torch.Tensor | None = None
-        self._v: torch.Tensor | None = None
-        self._uu: torch.Tensor | None = None
-        self._uv: torch.Tensor | None = None
+        self._u: Any = None  # tensors as soon as there are rows
+        self._v: Any = None
+        self._uu: Any = None
+        self._uv: Any = None
 
     def add(self, u: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Add rows; leading dimensions are rows."""

@@ -163,7 +163,8 @@ class Supernet(nn.Module, ABC):
         net = copy.deepcopy(self, memo)
         for name in ("space", "active", "_checked"):
             delattr(net, name)
-        net.__class__ = next(c for c in type(self).__mro__ if not issubclass(c, Supernet))
+        kind: Any = next(c for c in type(self).__mro__ if not issubclass(c, Supernet))
+        net.__class__ = kind
         return net
 
     def __prepare_scriptable__(self) -> nn.Module:

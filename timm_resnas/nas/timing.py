@@ -315,7 +315,7 @@ def images_of(net: nn.Module, conditions: Conditions) -> torch.Tensor:
     return x.to(conditions.device, PRECISIONS[conditions.precision][1])
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Fastest, median and interquartile range of rounds, as ``dict(ms, median_ms, iqr)``."""
     low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
     return {"ms": round(float(np.min(values)), 6), "median_ms": round(middle, 6), "iqr": round(high - low, 6)}

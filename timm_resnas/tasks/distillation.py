@@ -117,7 +117,7 @@ class HardLabelDistillationTask(LogitDistillationTask):
     """
 
     def __init__(
-        self, student_model: nn.Module, teacher_model: str | nn.Module | DistillationTeacher, **kwargs
+        self, student_model: nn.Module, teacher_model: str | nn.Module | DistillationTeacher, **kwargs: Any
     ) -> None:
         super().__init__(student_model, teacher_model, **kwargs)
         _check_teacher(self, teacher_model if isinstance(teacher_model, str) else None)

@@ -84,7 +84,7 @@ class SandwichTask(SupernetTask):
             self.teacher.eval()
         return self
 
-    def forward(
+    def forward(  # type: ignore[override]  # there is no step without archs
         self, input: torch.Tensor, target: torch.Tensor, archs: Sequence[Arch], mode: str | None = None
     ) -> dict[str, torch.Tensor]:
         """Compute the loss of all, for one backward pass.

@@ -64,11 +64,11 @@ class DynamicViTTask(ClassificationTask):
             )
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         network.set_masked_training()
-        for name in network.no_weight_decay():
+        for name in network.no_weight_decay():  # type: ignore[attr-defined]  # of the base's class
             if getattr(network, name, None) is not None:
                 getattr(network, name).requires_grad_(False)
         self.keep_ratios = list(network.keep_ratios)
-        self.num_prefix_tokens = network.num_prefix_tokens
+        self.num_prefix_tokens = network.num_prefix_tokens  # type: ignore[attr-defined]
         self.ratio_weight, self.distill_weight = ratio_weight, distill_weight
         self.teacher = unreduced(network).to(device, dtype).eval().requires_grad_(False)
 
@@ -123,7 +123,8 @@ def dynamicvit_groups(model: nn.Module, weight_decay: float, backbone_scale: flo
     Returns:
         Groups with ``backbone``, whether they are of the base; of parameters that are trained.
     """
-    spared, groups = set(model.no_weight_decay()), {}
+    spared = set(model.no_weight_decay())
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             key = (not name.startswith("score_predictor."), param.ndim <= 1 or name in spared)
