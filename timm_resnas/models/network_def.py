@@ -348,6 +348,8 @@ def reduction(positions: int, prefix: int, in_dim: int, out_dim: int) -> Layer:
         # layer norm, convolution, token projection, position embedding
         params=in_dim * out_dim * 10 + 2 * in_dim + out_dim * (2 + positions),
         memory=max(
+            # convolution: input, norm, prefix tokens, the map in its own memory, patches
+            2 * before + tokens + 4 * in_dim * positions + patches,
             # joining prefix tokens and patches: input, norm, both, their parts before the position embedding
             2 * before + tokens + 2 * patches + after,
             # adding the residual: input, both parts, pooled and padded residual, both terms and the sum

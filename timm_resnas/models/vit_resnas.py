@@ -185,8 +185,9 @@ class SpatialReduction(nn.Module):
             pos_embed = resample_abs_pos_embed(pos_embed, new_size, old_size, num_prefix_tokens=0, antialias=False)
         shortcut, x = x, self.norm(x)
         tokens = self.token_transform(x[:, : self.num_prefix_tokens])
-        patches = self.to_map(x[:, self.num_prefix_tokens :], grid).contiguous()  # as the weight lies in memory
-        patches = self.patch_reduce(patches).flatten(2).transpose(1, 2)
+        # maps contiguous, as the weight lies in memory, and none held longer than the convolution
+        patches = self.patch_reduce(self.to_map(x[:, self.num_prefix_tokens :], grid).contiguous())
+        patches = patches.flatten(2).transpose(1, 2)
         x = torch.cat([tokens, patches + pos_embed], dim=1)
 
         pooled = F.avg_pool2d(self.to_map(shortcut[:, self.num_prefix_tokens :], grid), 2).flatten(2).transpose(1, 2)
