@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,9 @@ def score_network(
     """
     model.eval().requires_grad_(True)
     with torch.inference_mode(False), torch.enable_grad():
-        return PROXIES[name](model, maps, images, labels)
+        proxy = PROXIES[name]
+        assert proxy is not None, f"{name} is a cost"
+        return proxy(model, maps, images, labels)
 
 
 def proxy_scores(
@@ -214,8 +216,8 @@ def proxy_scores(
     Raises:
         ArchError: The architecture does not fit in the supernet.
     """
-    found = {}
-    device, model, maps = next(net.parameters()).device, None, None
+    found: dict[str, float] = {}
+    device, model = next(net.parameters()).device, None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
         for name in names:
             if PROXIES[name] is None:
@@ -224,7 +226,7 @@ def proxy_scores(
             if model is None:
                 model = net.extract(arch)
                 maps = linear_maps(model, net.units(), lambda key: net.own_key(arch, key))
-            found[name] = score_network(name, copy.deepcopy(model), maps, images, labels)
+            found[name] = score_network(name, copy.deepcopy(model), maps, cast(torch.Tensor, images), labels)
     return found
 
 
