@@ -206,7 +206,7 @@ class VitResNasSupernet(Supernet, VitResNas):
         conv, linear = block.patch_reduce, block.token_transform
         y = elastic_layer_norm(x, block.norm.weight, block.norm.bias, block.norm.eps)
         tokens = F.linear(y[:, :prefix], linear.weight[:out, :dim], linear.bias[:out])
-        maps = block.to_map(y[:, prefix:])
+        maps = block.to_map(y[:, prefix:]).contiguous()  # as in the plain network, to the last bit
         maps = F.conv2d(maps, conv.weight[:out, :dim], conv.bias[:out], conv.stride, conv.padding)
         y = torch.cat([tokens, maps.flatten(2).transpose(1, 2) + block.pos_embed[..., :out]], dim=1)
         return y + F.pad(_pool(block, x), (0, out - dim))
