@@ -15,6 +15,8 @@ import torch
 from timm import set_scriptable
 from torch import nn
 
+from ..nas.onnx import INPUT, OUTPUT, open_session, to_onnx
+
 __all__ = ["CHANGES", "RUNNERS", "Run", "check_form", "form_of"]
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # images -> logits
@@ -79,8 +81,6 @@ def form_of(create: Callable[[], nn.Module], form: str, images: torch.Tensor) ->
 
 
 def _in_onnx_runtime(model: nn.Module, images: torch.Tensor, legacy: bool) -> Run:
-    from ..nas.onnx import INPUT, OUTPUT, open_session, to_onnx
-
     if legacy:
         graph = io.BytesIO()
         with warnings.catch_warnings():  # of its end, and of each shape that becomes a constant

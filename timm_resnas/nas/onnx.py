@@ -85,6 +85,7 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: Mapping[str, str] 
             )
     except torch.onnx.OnnxExporterError as e:
         raise ExportError(f"torch.onnx cannot export a {type(model).__name__}: {_cause(e)}") from e
+    assert program is not None  # it is where no file is given
     proto = program.model_proto
     if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise ExportError(

@@ -154,7 +154,9 @@ class OnnxTimer:
 
     def _profiling(self) -> float:
         """Milliseconds that profiling adds to each node; told from one image, of which it is the largest share."""
-        arch, whole, profiled, count = self.space.smallest, [], [], 0
+        arch, count = self.space.smallest, 0
+        whole: list[float] = []
+        profiled: list[float] = []
         for _ in range(_TURNS):
             whole += self._whole(arch, 1).tolist()
             times, nodes = self._profiled(arch, 1)
