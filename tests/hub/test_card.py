@@ -132,10 +132,6 @@ def test_card_keeps_its_form_whatever_the_facts_are(net, tmp_path, value):
                     "latency_device": fact,
                     "searched": {"dataset": fact, "budget": fact, "x": fact},
                     "converted_from": {"file": fact, "y": [fact]},
-                    "export": {
-                        **dict.fromkeys(("dtype", "batch_size", "device", "dataset", "split"), fact),
-                        "runtimes": [dict.fromkeys(("name", "difference", "accuracy", "images", "ms"), fact)],
-                    },
                 },
             ),
             "alice/net",
@@ -153,6 +149,16 @@ def test_card_keeps_its_form_whatever_the_facts_are(net, tmp_path, value):
         assert len(re.findall(mark, card.text)) == len(re.findall(mark, body)), mark
     cells = [len(re.findall(r"(?<!\\)\|", row)) for row in re.findall(r"(?m)^\|.*$", card.text)]
     assert cells == [len(re.findall(r"\|", row)) for row in re.findall(r"(?m)^\|.*$", body)]
+
+
+@pytest.mark.parametrize("value", NASTY, ids=range(len(NASTY)))
+def test_a_table_of_runtimes_keeps_its_form_whatever_the_facts_are(value):
+    facts = dict.fromkeys(("dtype", "batch_size", "device", "dataset", "split"), value)
+    row = dict.fromkeys(("name", "difference", "accuracy", "images", "ms", "images_per_second"), value)
+    heading, code, table, where = card._exports({**facts, "runtimes": [row, "no row"]})
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()] == [7, 7, 7]
+    assert code.count("```") == 2 and "\n" not in where and "float32" in code
+    assert card._exports(value) == card._exports({"runtimes": value}) == []
 
 
 def test_card_that_is_not_utf8_is_one_sentence(net, tmp_path):

@@ -365,7 +365,7 @@ def note_exports(folder: Path, results: Mapping[str, Any]) -> None:
 
     Args:
         folder: The model's.
-        results: What `engine.export.export` returned.
+        results: What recipes/export.py found: its results.json.
     """
     here, rows = results["conditions"], []
     for row in results["runtimes"]:

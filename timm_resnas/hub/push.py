@@ -194,6 +194,8 @@ def _contents(
             raise HubError(f"there is no file {file}")
         sources[name] = Path(file)
     block = strip_paths({**config.info, **(info or {})})
+    if f"{EXPORTS}/results.json" not in sources:
+        block.pop("export", None)  # of files that are no longer there
     if results:
         block["results"] = [dict(r) for r in results]
     license = license or block.get("license")
