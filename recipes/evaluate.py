@@ -38,12 +38,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(EvaluateOptions, argv, __doc__)
     # torch is imported from here on, so that --help answers at once
     import numpy as np
-    from timm.data import resolve_model_data_config
 
     from timm_resnas.data import eval_batches, eval_transform
     from timm_resnas.engine import evaluate as job
-    from timm_resnas.engine.data import image_pair
-    from timm_resnas.engine.models import open_model, parse_kwargs
+    from timm_resnas.engine.models import open_prepared
     from timm_resnas.engine.processes import start
     from timm_resnas.engine.run import Progress, RunError, atomic_write, check_output, cli_errors
 
@@ -54,18 +52,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if file is not None:
             check_output(file)
         accelerator = start(options)
-        model = open_model(
-            options.model,
-            pretrained=True,
-            pretrained_path=options.pretrained_path,
-            allow_pickle=options.allow_pickle,
-            img_size=image_pair(options.img_size),
-            kwargs=parse_kwargs("--model-kwargs", options.model_kwargs),
-        ).to(accelerator.device)
-        wanted = {k: getattr(options, k) for k in ("crop_pct", "crop_mode", "interpolation")}
-        config = resolve_model_data_config(model, args={k: v for k, v in wanted.items() if v is not None})
-        if options.img_size:
-            config["input_size"] = (config["input_size"][0], *image_pair(options.img_size))
+        model, config = open_prepared(options)
+        model = model.to(accelerator.device)
         found = job.open_part(options)
         part, config["background"] = found.dataset, found.background
         real = None

@@ -12,7 +12,8 @@ Writes, into export/ in the model's folder (for a name or a Hub id into runs/<na
                       Takes `images` [B, C, H, W] and gives `logits` [B, classes]. Its metadata hold input_size, mean,
                       std, crop and the class names, as JSON, for programs that have nothing but the file
     model-int8.onnx   `--int8 dynamic`: the same by onnxruntime's quantiser, linear layers in 8 bits
-    model.pt2         by torch.export, for PyTorch without the model's code. Its reader unpickles: load your own only
+    model.pt2         by torch.export, for PyTorch without the model's code. Its reader unpickles: load your own only.
+                      Left out, with the reason in the report, where torch.export refuses the model
     results.json, report.md
 
 With `--uint8` all of them take pixels as they are in files, 0 to 255, and normalise them in the graph.
@@ -23,7 +24,8 @@ answers all of its test part: accuracy, and what 8 bits cost. PyTorch (eager) an
 rounds, latency at batch 1, throughput at `--batch-size`, on the CPU.
 
 `--update-card` writes the numbers into the folder's config.json, from which recipes/publish.py makes the model card,
-and into a card that lies there already.
+and into a card that lies there already. It is for the model as the folder describes it: not with other weights,
+--img-size, --model-kwargs or another crop. Without it, a card that is made tells nothing of the new files.
 
 Not needed: onnxslim, since ONNX Runtime optimises the graph when it opens it; torchao, which quantises for PyTorch.
 

@@ -6,13 +6,15 @@
 One row per model, one column per form, in each cell the largest difference of logits at batch sizes 1 and 3 divided by
 the largest logit; or the error. Weights are random. Forms: see `timm_resnas.engine.forms`; the default is torch's ways
 out (both ONNX exporters, torch.export, TorchScript, torch.compile in one graph), bfloat16 and channels last. ONNX needs
-the extra `export`. The status is 1 where a form failed. Where oneDNN refuses bfloat16 on a CPU, the environment
-variable ONEDNN_MAX_CPU_ISA=AVX512_CORE makes torch compute it in another way.
+the extra `export`. The status is 1 where a form failed: there was an error, or a number that is not finite; it says
+nothing of how large a difference is. Where oneDNN refuses bfloat16 on a CPU, the environment variable
+ONEDNN_MAX_CPU_ISA=AVX512_CORE makes torch compute it in another way.
 """
 
 import argparse
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -67,7 +69,9 @@ def difference(name: str, form: str) -> float | str:
     finally:
         torch.compiler.reset()
         gc.collect()
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+    shares = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+    largest = torch.stack(shares).max().item()  # NaN if one is
+    return largest if math.isfinite(largest) else "not finite"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,9 +19,9 @@ from recipes import export as recipe
 from timm_resnas.data import eval_batches, eval_transform, load_splits
 from timm_resnas.engine import export as job
 from timm_resnas.engine.run import RunError
-from timm_resnas.hub import CONFIG, EXPORTS, WEIGHTS, HubError, note_exports, push, save_pretrained
+from timm_resnas.hub import CONFIG, EXPORTS, WEIGHTS, HubError, note_exports, push, save_pretrained, sha256_of
 from timm_resnas.nas.evaluate import count_correct
-from timm_resnas.nas.onnx import INPUT, open_session
+from timm_resnas.nas.onnx import INPUT, ExportError, open_session
 
 # the client's own way to send a file
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -107,6 +107,45 @@ def test_float_images_are_taken_normalised(model, digits, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_what_goes_wrong_on_the_way(model, digits, tmp_path, monkeypatch):
+    """torch.export refuses; the folder's weights are replaced meanwhile; the export before was stopped, and one is."""
+    folder = save_pretrained(model, tmp_path / "m", data_config=digits[0])
+    before, weights = (folder / WEIGHTS).read_bytes(), sha256_of(folder / WEIGHTS)
+    open_prepared, write = job.open_prepared, job.atomic_write
+    (folder / EXPORTS).mkdir()
+    (folder / EXPORTS / ".model.onnx.new").write_bytes(b"a part")
+
+    def refuse(*_):
+        raise ExportError("torch.export cannot export a Net: it branches")
+
+    def replaced(*given):
+        opened = open_prepared(*given)
+        (folder / WEIGHTS).write_bytes(b"others")
+        return opened
+
+    monkeypatch.setattr(job, "to_program", refuse)
+    monkeypatch.setattr(job, "open_prepared", replaced)
+    results = recipe.main([str(folder), "--background", "#102030", "--batch-size", "2", *QUICK])
+    assert results["weights"] == weights and results["model"] == "m" and str(tmp_path) not in json.dumps(results)
+    assert {p.name for p in (folder / EXPORTS).iterdir()} == {"model.onnx", "results.json", "report.md"}
+    report = (folder / EXPORTS / "report.md").read_text().splitlines()
+    assert "No model.pt2: torch.export cannot export a Net: it branches" in report
+    known = open_session(folder / EXPORTS / "model.onnx").get_modelmeta().custom_metadata_map
+    assert known["background"] == "#102030"
+
+    def stopped(path):
+        if path.name == "results.json":
+            raise OSError("stopped")
+        return write(path)
+
+    (folder / WEIGHTS).write_bytes(before)
+    monkeypatch.setattr(job, "open_prepared", open_prepared)
+    monkeypatch.setattr(job, "atomic_write", stopped)
+    with pytest.raises(SystemExit):
+        recipe.main([str(folder), "--no-torch-export", "--batch-size", "2", *QUICK])
+    assert not (folder / EXPORTS / "results.json").exists()
+
+
 # -- published --------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +202,28 @@ def test_files_of_other_weights_are_not_published(exported, tmp_path):
     (folder / EXPORTS / "results.json").write_text(json.dumps({**results, "weights": "0" * 64}))
     with pytest.raises(HubError, match=r"was not made from .*; run recipes/export.py again, or remove it"):
         push(folder, "alice/net", dry_run=True)
+    (folder / EXPORTS / "results.json").unlink()  # as an export that was stopped
+    with pytest.raises(HubError, match=r"was not made from"):
+        push(folder, "alice/net", dry_run=True)
     shutil.rmtree(folder / EXPORTS)
     sent = push(folder, "alice/net", dry_run=True)
     assert not [n for n in sent.files if n.startswith(EXPORTS)] and "Other runtimes" not in sent.card
+
+
+def test_only_files_that_were_measured_are_published(exported, tmp_path):
+    """A card tells of the files beside it, not of those of an earlier export."""
+    folder = shutil.copytree(exported[0], tmp_path / "m")
+    onnx, results = folder / EXPORTS / "model.onnx", folder / EXPORTS / "results.json"
+    onnx.write_bytes(onnx.read_bytes() + b" ")
+    with pytest.raises(HubError, match=r"model.onnx is not a file that .*results.json tells of; run recipes/export.py"):
+        push(folder, "alice/net", dry_run=True)
+    found = json.loads(results.read_text())
+    found["files"]["model.onnx"]["sha256"] = sha256_of(onnx)
+    results.write_text(json.dumps(found))  # as an export without --update-card
+    sent = push(folder, "alice/net", dry_run=True)
+    assert f"{EXPORTS}/model.onnx" in sent.files and "Other runtimes" not in sent.card
+    note_exports(folder, found)
+    assert "Other runtimes" in push(folder, "alice/net", dry_run=True).card
 
 
 def test_a_card_that_is_there_gets_the_new_numbers(exported, tmp_path):
@@ -220,7 +278,8 @@ def test_speedups_are_of_the_same_round(monkeypatch):
         (["FOLDER", "--update-card", "--no-pretrained"], "--update-card is for the folder's own weights"),
         (["vit_resnas_tinny"], "did you mean vit_resnas_tiny"),
         (["FOLDER", "--batch-size", "1"], "--batch-size must be at least 2"),
-        (["FOLDER", "--output", "FOLDER"], "holds something else than an export"),
+        (["FOLDER", "--output", "FOLDER"], "holds something else than an export: config.json;"),
+        (["FOLDER", "--update-card", "--img-size", "32"], "as its folder says; leave out --img-size"),
         (["FOLDER", "--output", "NEW", "--update-card"], "leave out --output"),
         (["FOLDER", "--dataset", "imagefolder:nowhere"], "nowhere"),
     ],

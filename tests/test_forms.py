@@ -76,6 +76,19 @@ def test_the_table_of_forms_has_differences_and_reasons(tmp_path, capsys, monkey
         forms.main(["no_such_*"])
 
 
+def test_a_number_that_is_not_finite_is_a_failure(capsys, monkeypatch):
+    """Also where only the second batch has one."""
+
+    def form_of(create, form, images):
+        return lambda x: torch.full((len(x), 1000), 0.0 if len(x) == 1 else float("nan"))
+
+    monkeypatch.setattr(forms, "form_of", form_of)
+    with pytest.raises(SystemExit) as status:
+        forms.main(["test_vit", "--forms", "eager"])
+    assert status.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-2:] == ["| test_vit | not finite |", "1 models, 1 forms: 1 failed"]
+
+
 def test_benchmark_of_models(tmp_path, capsys):
     file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
     args = ["vit_resnas", "--baseline", "test_vit", "--img-size", "112"]

@@ -14,7 +14,7 @@ from torch import nn
 from timm_resnas.arch import Arch
 from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.nas.latency import LatencyTable, measure_network, open_timer
-from timm_resnas.nas.onnx import INPUT, ExportError, open_session, scopes, to_onnx
+from timm_resnas.nas.onnx import INPUT, ExportError, open_session, scopes, to_onnx, to_program
 from timm_resnas.nas.onnx_timer import OnnxTimer, layer_of_nodes, layer_times
 from timm_resnas.nas.timing import Conditions, LatencyError, layer_starts
 
@@ -76,9 +76,10 @@ class Choosy(nn.Module):
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     with pytest.raises(ExportError, match="a batch of at least 2, got 1"):
         to_onnx(nn.Identity(), torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ExportError, match="cannot export a Choosy") as error:
-        to_onnx(Choosy(), torch.zeros(2, 3, 4, 4))
-    assert "\n" not in str(error.value)
+    for way in (to_onnx, to_program):
+        with pytest.raises(ExportError, match="cannot export a Choosy") as error:
+            way(Choosy(), torch.zeros(2, 3, 4, 4))
+        assert "\n" not in str(error.value)
     with torch.device("meta"):
         large = nn.Linear(2**15, 2**15)
     with pytest.raises(ExportError, match=r"4\.0 GiB of weights"):
@@ -136,16 +137,24 @@ def kernel(ts: int, name: str, dur: int) -> dict:
 
 
 def test_a_profile_by_hand():
-    """Fused nodes, by their name or by their place; nodes before the first layer; two runs, written in any order."""
+    """Fused nodes, by their name or by their place, also first of all; nodes before the first layer; two runs."""
     layers = {"shape": -1, "a": 0, "b": 0, "c": 1, "d": 1}
-    run = [("shape", 7), ("a", 10), ("Fused_token_1", 20), ("c/SomeFusion", 30), ("Gelu", 40), ("d", 50)]
+    run = [
+        ("Reorder", 5),
+        ("shape", 7),
+        ("a", 10),
+        ("Fused_token_1", 20),
+        ("c/SomeFusion", 30),
+        ("Gelu", 40),
+        ("d", 50),
+    ]
     events = [{"cat": "Session", "name": "model_loading", "ts": 0, "dur": 99}]
     for start, factor in ((5000, 2), (1000, 1)):
         events += [kernel(start + 100 * i, name, factor * dur) for i, (name, dur) in enumerate(run)]
         events.append({"cat": "Session", "name": "model_run", "ts": start, "dur": 1000})
     times, nodes = layer_times(events, layers)
-    np.testing.assert_allclose(times, [[0.030, 0.120], [0.060, 0.240]])
-    assert nodes.tolist() == [2, 3]
+    np.testing.assert_allclose(times, [[0.035, 0.120], [0.070, 0.240]])
+    assert nodes.tolist() == [3, 3]
     with pytest.raises(LatencyError, match="names no node of layer 2 of 3"):
         layer_times(events, {**layers, "e": 2})
 

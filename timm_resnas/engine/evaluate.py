@@ -16,12 +16,13 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
 from ..data import DataError, EvalPart, load_eval, match_classes
-from ..data.images import WHITE
+from ..data.images import WHITE, parse_background
 from .models import background_of, class_names_of, model_source
 from .run import RunError
-from .settings import EvaluateOptions
+from .settings import EvaluateOptions, ExportOptions
 
 __all__ = [
+    "chosen_background",
     "evaluate",
     "format_scores",
     "matched_classes",
@@ -210,11 +211,15 @@ def read_real_labels(where: str, dataset) -> list[list[int]]:
     return [labels[f] for f in files]
 
 
-def open_part(options: EvaluateOptions) -> EvalPart:
+def chosen_background(options: EvaluateOptions | ExportOptions) -> str:
+    """The colour behind transparent pixels, '#rrggbb': what was asked for, or the model's own, or white."""
+    return parse_background(options.background or background_of(model_source(options.model)) or WHITE)
+
+
+def open_part(options: EvaluateOptions | ExportOptions) -> EvalPart:
     """The images to evaluate on: a part that is asked for, or else what `load_eval` finds, whole."""
     for name in ("train_split", "test_split"):
         if getattr(options, name) is not None:
             raise RunError(f"--{name.replace('_', '-')} is for training; --split names what is evaluated")
     asked = {k: getattr(options, k) for k in ("label_key", "image_key", "hf_config")}
-    background = options.background or background_of(model_source(options.model)) or WHITE
-    return load_eval(options.dataset, options.split, background=background, **asked)
+    return load_eval(options.dataset, options.split, background=chosen_background(options), **asked)

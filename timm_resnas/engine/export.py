@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..data import EvalBatches, eval_batches, eval_transform
-from ..hub import CONFIG, EXPORTS, WEIGHTS, note_exports, sha256_of
-from ..nas.onnx import INPUT, open_session, package, to_onnx
+from ..hub import CONFIG, EXPORTS, WEIGHTS, note_exports, sha256_of, strip_paths
+from ..nas.onnx import INPUT, ExportError, open_session, package, to_onnx, to_program
 from ..nas.timing import Conditions, repeat_call, repeats
-from .data import image_pair
-from .evaluate import matched_classes, open_part
-from .models import class_names_of, model_source, open_model, parse_kwargs
+from .evaluate import chosen_background, matched_classes, open_part
+from .models import class_names_of, model_source, open_prepared
 from .run import Progress, RunError, atomic_write
 from .settings import ExportOptions
 
@@ -56,8 +54,8 @@ class BytesInput(nn.Module):
 # -- what is exported -------------------------------------------------------------------------------------------------
 
 
-def open_source(options: ExportOptions) -> tuple[nn.Module, Path | None, dict[str, Any]]:
-    """The model, its folder where it is one, and the preprocessing of its images.
+def open_source(options: ExportOptions) -> tuple[nn.Module, dict[str, Any], Path | None, str | None]:
+    """The model, the preprocessing of its images; its folder where it is one, the sha256 of its weights in there.
 
     Raises:
         RunError: There is no such model, or it has no weights.
@@ -69,6 +67,9 @@ def open_source(options: ExportOptions) -> tuple[nn.Module, Path | None, dict[st
     own = options.pretrained and options.pretrained_path is None
     if options.update_card and not own:
         raise RunError("--update-card is for the folder's own weights; leave out --pretrained-path and --no-pretrained")
+    changed = [k for k in ("img_size", "model_kwargs", "crop_pct", "crop_mode", "interpolation") if getattr(options, k)]
+    if options.update_card and changed:
+        raise RunError(f"--update-card is for the model as its folder says; leave out --{changed[0].replace('_', '-')}")
     if own and ":" not in source:
         cfg = timm.get_pretrained_cfg(source)
         if cfg is None or not cfg.has_weights:
@@ -76,21 +77,13 @@ def open_source(options: ExportOptions) -> tuple[nn.Module, Path | None, dict[st
                 f"{source} has no pretrained weights; give a folder, hf-hub:<id> or --pretrained-path FILE, or "
                 f"--no-pretrained to see how fast it is with random ones"
             )
-    model = open_model(
-        options.model,
-        pretrained=options.pretrained,
-        pretrained_path=options.pretrained_path,
-        allow_pickle=options.allow_pickle,
-        img_size=image_pair(options.img_size),
-        kwargs=parse_kwargs("--model-kwargs", options.model_kwargs),
-    ).eval()
+    # before they are read: whoever replaces them from here on has other weights than the files
+    weights = sha256_of(folder / WEIGHTS) if own and folder is not None and (folder / WEIGHTS).is_file() else None
+    model, config = open_prepared(options, options.pretrained)
     if not model.num_classes:
         raise RunError(f"{options.model} has no classifier; export a model that was saved with one")
-    wanted = {k: getattr(options, k) for k in ("crop_pct", "crop_mode", "interpolation")}
-    config = resolve_model_data_config(model, args={k: v for k, v in wanted.items() if v is not None})
-    if options.img_size:
-        config["input_size"] = (config["input_size"][0], *image_pair(options.img_size))
-    return model.requires_grad_(False), folder, config
+    config["background"] = chosen_background(options)
+    return model.eval().requires_grad_(False), config, folder, weights
 
 
 def metadata(model: nn.Module, config: Mapping[str, Any], uint8: bool) -> dict[str, str]:
@@ -235,17 +228,16 @@ def export(options: ExportOptions) -> dict[str, Any]:
         raise RunError("--batch-size must be at least 2: latency is measured with one image, throughput with a batch")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, folder, config = open_source(options)
+    model, config, folder, weights = open_source(options)
+    output = _output(options, folder)
     part, classes, batches = None, None, None
     if options.dataset is not None:
         part = open_part(options)
-        config["background"] = part.background
         classes = matched_classes(model, part.class_names)
         dataset = part.dataset
         if options.max_images and options.max_images < len(dataset):
             dataset = dataset.select(np.linspace(0, len(dataset) - 1, options.max_images).round().astype(int))
         batches = eval_batches(dataset, eval_transform(config), options.batch_size, num_workers=options.workers)
-    output = _output(options, folder)
 
     # the same images for all: as bytes, and as the network takes them
     size, mean, std = (tuple(config[k]) for k in ("input_size", "mean", "std"))
@@ -290,11 +282,16 @@ def export(options: ExportOptions) -> dict[str, Any]:
             add("ONNX Runtime, int8", INT8)
         sizes = (1, options.batch_size)
         differences = check(runtimes, images, sizes)
-        program = {}
+        program, refused = {}, None
         if options.torch_export:
-            files[PT2] = Path(scratch) / PT2
-            graph = _torch_export(whole, example, files[PT2])
-            program = check({"PyTorch": in_torch, "torch.export": graph}, images, sizes)
+            try:
+                graph = _torch_export(whole, example, Path(scratch) / PT2)
+            except ExportError as e:  # what ONNX has is whole without it
+                refused = str(e)
+                print(f"no {PT2}: {refused}", flush=True)
+            else:
+                files[PT2] = Path(scratch) / PT2
+                program = check({"PyTorch": in_torch, "torch.export": graph}, images, sizes)
         scores = {} if batches is None else score(runtimes, batches, classes, prepare)
         print(f"measuring: {len(runtimes)} runtimes take turns, {options.rounds} rounds at batch 1 and {sizes[1]}")
         timing = (threads, options.rounds, options.min_run_time)
@@ -313,11 +310,10 @@ def export(options: ExportOptions) -> dict[str, Any]:
         if program:
             rows.append({"name": "torch.export", "file": PT2, "differences": program["torch.export"]})
         conditions = Conditions.here(batch_size=sizes[1], num_threads=threads, runtime="onnxruntime")
-        own = folder is not None and options.pretrained and options.pretrained_path is None
-        results = {
+        found = {
             "model": options.model,
             "architecture": model.pretrained_cfg.get("architecture"),
-            "weights": sha256_of(folder / WEIGHTS) if own and (folder / WEIGHTS).is_file() else None,
+            "weights": weights,
             "input": {"dtype": "uint8" if options.uint8 else "float32", "size": list(size)},
             "dataset": options.dataset,
             "split": part and part.split,
@@ -325,8 +321,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
             "conditions": vars(conditions),
             "files": {n: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for n, p in files.items()},
             "runtimes": rows,
+            "refused": {PT2: refused} if refused else {},
         }
+        results = strip_paths(found)  # they are published
         output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").unlink(missing_ok=True)  # it would vouch for files that it does not know
         for name, path in files.items():
             with atomic_write(output / name) as fresh:
                 fresh.write_bytes(path.read_bytes())
@@ -355,9 +354,12 @@ def _output(options: ExportOptions, folder: Path | None) -> Path:
         output = folder / EXPORTS
     else:
         output = Path("runs") / f"{options.model.rpartition(':')[2].replace('/', '-')}-export"
+    if output.exists() and not output.is_dir():
+        raise RunError(f"{output} is a file; give the name of a folder as --output")
     known = {ONNX, INT8, PT2, "results.json", "report.md"}
-    if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - known):
-        raise RunError(f"{output} exists and holds something else than an export; give another --output")
+    there = sorted(p.name for p in output.iterdir()) if output.exists() else []
+    if others := [n for n in there if n not in known and not n.startswith(".")]:
+        raise RunError(f"{output} holds something else than an export: {others[0]}; give another --output")
     if options.update_card and output != folder / EXPORTS:
         raise RunError(f"--update-card is for files in {folder / EXPORTS}; leave out --output")
     above = next(p for p in output.resolve().parents if p.exists())
@@ -367,10 +369,13 @@ def _output(options: ExportOptions, folder: Path | None) -> Path:
 
 
 def _torch_export(model: nn.Module, example: torch.Tensor, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Write a program of torch.export for any batch size, and read it back: images -> logits."""
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    """Write a program of torch.export for any batch size, and read it back: images -> logits.
+
+    Raises:
+        ExportError: torch.export refuses the model.
+    """
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(to_program(model, example), buffer)
     path.write_bytes(buffer.getvalue())
     module = torch.export.load(io.BytesIO(buffer.getvalue())).module()  # what was just written, nobody else's
     return torch.inference_mode()(lambda x: module(torch.from_numpy(x)).numpy())
@@ -427,6 +432,8 @@ def report(results: Mapping[str, Any]) -> str:
             "these images for which PyTorch answers alike.",
             "",
         ]
+    for name, why in results["refused"].items():
+        lines += [f"No {name}: {why}", ""]
     lines += [
         f"{here['device_name']}, {here['num_threads']} thread{'s' * (here['num_threads'] > 1)}; torch {here['torch']}, "
         f"ONNX Runtime {here['onnxruntime']} ({here['provider']}).",

@@ -15,7 +15,7 @@ import torch
 from timm import set_scriptable
 from torch import nn
 
-from ..nas.onnx import INPUT, OUTPUT, open_session, to_onnx
+from ..nas.onnx import INPUT, OUTPUT, open_session, to_onnx, to_program
 
 __all__ = ["CHANGES", "RUNNERS", "Run", "check_form", "form_of"]
 
@@ -72,7 +72,7 @@ def form_of(create: Callable[[], nn.Module], form: str, images: torch.Tensor) ->
     if runner == "compile":
         run = torch.compile(model, fullgraph=True)
     elif runner == "export":
-        run = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        run = to_program(model, example).module()
     elif runner == "torchscript":
         with warnings.catch_warnings():  # of its end
             warnings.simplefilter("ignore")

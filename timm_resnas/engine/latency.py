@@ -217,7 +217,8 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
         records.measure(timer, verified | again, options.rounds, "verification")
         table.notes["verification"] = verify(table, space, verified, again, records)
     table.save(output)
-    shutil.rmtree(graphs, ignore_errors=True)
+    if isinstance(timer, OnnxTimer):
+        shutil.rmtree(graphs, ignore_errors=True)
     print(f"\n{table}; measured in {format_minutes(time.monotonic() - begin)}")
     if options.verify:
         print(report(table, space))

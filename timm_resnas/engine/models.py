@@ -15,13 +15,15 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..data import match_classes
 from ..hub import HubError, fetch, read_file
+from .data import image_pair
 from .run import RunError
+from .settings import ModelOptions
 
 __all__ = [
     "align_classes",
@@ -30,6 +32,7 @@ __all__ = [
     "classes_in",
     "model_source",
     "open_model",
+    "open_prepared",
     "parse_kwargs",
     "record_of",
 ]
@@ -138,6 +141,27 @@ def open_model(
         if "No pretrained weights exist" in why:
             why = "it has no pretrained weights; leave --pretrained out, or give --pretrained-path"
         raise RunError(f"model {name}: {why:.300}") from e
+
+
+def open_prepared(options: ModelOptions, pretrained: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that options name, and how its images are prepared: as it says itself, unless options say otherwise.
+
+    Raises:
+        RunError: As `open_model`.
+    """
+    model = open_model(
+        options.model,
+        pretrained=pretrained,
+        pretrained_path=options.pretrained_path,
+        allow_pickle=options.allow_pickle,
+        img_size=image_pair(options.img_size),
+        kwargs=parse_kwargs("--model-kwargs", options.model_kwargs),
+    )
+    wanted = {k: getattr(options, k) for k in ("crop_pct", "crop_mode", "interpolation")}
+    config = resolve_model_data_config(model, args={k: v for k, v in wanted.items() if v is not None})
+    if options.img_size:
+        config["input_size"] = (config["input_size"][0], *image_pair(options.img_size))
+    return model, config
 
 
 def classes_in(path: str, cfg: dict[str, Any]) -> dict[str, int]:

@@ -385,6 +385,7 @@ def note_exports(folder: Path, results: Mapping[str, Any]) -> None:
         "device": f"{device}, torch {here['torch']}, ONNX Runtime {here['onnxruntime']} ({here['provider']})",
         "dataset": results["dataset"],
         "split": results["split"],
+        "files": {name: file["sha256"] for name, file in results["files"].items()},
         "runtimes": rows,
     }
     data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

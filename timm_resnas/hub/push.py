@@ -186,7 +186,8 @@ def _contents(
         if path.suffix in _PUBLISHED and not path.name.startswith("."):
             _check_regular(path)
             sources[path.name] = path
-    sources |= _exports(folder)
+    exported, hashes = _exports(folder)
+    sources |= exported
     for name, file in (files or {}).items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in (CONFIG, WEIGHTS, CARD):
             raise HubError(f"{name!r} cannot be the name of an additional file")
@@ -194,8 +195,9 @@ def _contents(
             raise HubError(f"there is no file {file}")
         sources[name] = Path(file)
     block = strip_paths({**config.info, **(info or {})})
-    if f"{EXPORTS}/results.json" not in sources:
-        block.pop("export", None)  # of files that are no longer there
+    measured = block.get("export")
+    if not hashes or not isinstance(measured, Mapping) or measured.get("files") != hashes:
+        block.pop("export", None)  # of other files than those that are there
     if results:
         block["results"] = [dict(r) for r in results]
     license = license or block.get("license")
@@ -233,27 +235,36 @@ def _contents(
     return sources, str(card)
 
 
-def _exports(folder: Path) -> dict[str, Path]:
+def _exports(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Files for other runtimes, by their names in the repository; not programs of torch.export, whose reader unpickles.
 
+    Returns:
+        The files, and the sha256 of each that was measured, by its name in the folder.
+
     Raises:
-        HubError: They are of other weights than the folder's.
+        HubError: They are of other weights than the folder's, or not those that were measured.
     """
     exports = folder / EXPORTS
     if not exports.is_dir():
-        return {}
+        return {}, {}
     try:
-        weights = json.loads((exports / "results.json").read_text(encoding="utf-8"))["weights"]
-    except (OSError, ValueError, LookupError, TypeError):
-        weights = None
+        results = json.loads((exports / "results.json").read_text(encoding="utf-8"))
+        weights, hashes = results["weights"], {name: file["sha256"] for name, file in results["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        weights, hashes = None, {}
     if weights != sha256_of(folder / WEIGHTS):
         raise HubError(f"{exports} was not made from {folder / WEIGHTS}; run recipes/export.py again, or remove it")
     found = {}
     for path in sorted(exports.iterdir()):
         if path.suffix in (".onnx", *_PUBLISHED) and not path.name.startswith("."):
             _check_regular(path)
+            if path.suffix == ".onnx" and hashes.get(path.name) != sha256_of(path):
+                raise HubError(
+                    f"{path} is not a file that {exports / 'results.json'} tells of; run recipes/export.py again, or "
+                    f"remove it"
+                )
             found[f"{EXPORTS}/{path.name}"] = path
-    return found
+    return found, hashes
 
 
 def _check_regular(path: Path) -> None:

@@ -26,11 +26,22 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-__all__ = ["CPU_PROVIDER", "INPUT", "OUTPUT", "ExportError", "open_session", "package", "scopes", "to_onnx"]
+__all__ = [
+    "CPU_PROVIDER",
+    "INPUT",
+    "OUTPUT",
+    "ExportError",
+    "open_session",
+    "package",
+    "scopes",
+    "to_onnx",
+    "to_program",
+]
 
 INPUT, OUTPUT = "images", "logits"
 CPU_PROVIDER = "CPUExecutionProvider"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_ANY_BATCH = ({0: torch.export.Dim("batch")},)
 _MAX_BYTES = 2**31 - 2**20  # of weights; a protobuf message is smaller than 2 GiB
 
 
@@ -80,7 +91,7 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: Mapping[str, str] 
                 dynamo=True,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=_ANY_BATCH,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as e:
@@ -102,6 +113,22 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: Mapping[str, str] 
     for key, text in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=text)
     return proto
+
+
+def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+    """The program of torch.export of a model, for any batch size.
+
+    Args:
+        model: In the mode that is exported.
+        images: An example of its input, with a batch of at least 2.
+
+    Raises:
+        ExportError: torch.export refuses the model.
+    """
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=_ANY_BATCH)
+    except Exception as e:  # of many kinds, what the model's own code raises among them
+        raise ExportError(f"torch.export cannot export a {type(model).__name__}: {_cause(e)}") from e
 
 
 def _cause(error: BaseException) -> str:

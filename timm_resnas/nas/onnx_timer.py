@@ -4,7 +4,8 @@ What is measured is what is deployed: the network's graph as `to_onnx` writes it
 network is timed by the clock around its session's run. Its layers are timed where they stand, in runs of the whole
 network, by ONNX Runtime's own profile, which says how long each node took. A node belongs to the layer that the forward
 had entered last when the node was traced, so that layers begin where `layer_starts` says, as in PyTorch. A node that
-the optimiser made of several keeps none of their names; it belongs to the layer of the node that ran before it.
+the optimiser made of several keeps none of their names; it belongs to the layer of the node that ran before it, or to
+the first layer.
 
 What the profile says of a node includes some microseconds of its own bookkeeping, more than a small node takes. They
 are the same for every node, so they are measured (on the space's smallest network, as the difference of profiled and
@@ -254,7 +255,7 @@ def layer_times(events: Iterable[Mapping[str, Any]], layers: Mapping[str, int]) 
         nodes, current = np.zeros(count, int), -1
         for _, name, microseconds in part:
             # an optimised node is called by one that it stands for and what was done: node_MatMul_98/MatMulScaleFusion
-            current = layers.get(name, layers.get(name.partition("/")[0], current))
+            current = layers.get(name, layers.get(name.partition("/")[0], max(current, 0)))
             if current >= 0:
                 row[current] += microseconds / 1e3
                 nodes[current] += 1
