@@ -25,7 +25,7 @@ rounds, latency at batch 1, throughput at `--batch-size`, on the CPU.
 
 `--update-card` writes the numbers into the folder's config.json, from which recipes/publish.py makes the model card,
 and into a card that lies there already. It is for the model as the folder describes it: not with other weights,
---img-size, --model-kwargs or another crop. Without it, a card that is made tells nothing of the new files.
+--img-size, --model-kwargs or another crop. Without it, a published card tells nothing of the new files.
 
 Not needed: onnxslim, since ONNX Runtime optimises the graph when it opens it; torchao, which quantises for PyTorch.
 

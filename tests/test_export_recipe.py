@@ -222,6 +222,9 @@ def test_only_files_that_were_measured_are_published(exported, tmp_path):
     results.write_text(json.dumps(found))  # as an export without --update-card
     sent = push(folder, "alice/net", dry_run=True)
     assert f"{EXPORTS}/model.onnx" in sent.files and "Other runtimes" not in sent.card
+    (folder / "README.md").write_text("# Mine\n\n## Other runtimes\n\nOf before.\n\n## Terms\n\nNone.\n")
+    sent = push(folder, "alice/net", dry_run=True)
+    assert sent.card == "# Mine\n\n## Terms\n\nNone.\n" and sent.files["README.md"] == len(sent.card)
     note_exports(folder, found)
     assert "Other runtimes" in push(folder, "alice/net", dry_run=True).card
 

@@ -26,7 +26,7 @@ from ..version import __version__
 from .checks import CARD, CONFIG, EXPORTS, WEIGHTS, Config, build_on_meta, read_config
 from .weights import read_header
 
-__all__ = ["escape_markdown", "make_card", "note_exports"]
+__all__ = ["escape_markdown", "make_card", "note_exports", "with_exports"]
 
 _BY = "the run that made this repository"
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -392,12 +392,16 @@ def note_exports(folder: Path, results: Mapping[str, Any]) -> None:
     data["timm_resnas"] = {**data.get("timm_resnas", {}), "export": block}
     _replace(folder / CONFIG, json.dumps(data, indent=2) + "\n")
     if (card := folder / CARD).is_file():
-        text = card.read_text(encoding="utf-8")
-        begin = re.search(rf"^{_EXPORTS_HEADING}$", text, re.M)
-        end = re.compile(r"^#{1,2} ", re.M).search(text, begin.end()) if begin else None
-        before, after = (text[: begin.start()], text[end.start() :] if end else "") if begin else (text, "")
-        parts = [before.rstrip("\n"), *_exports(block), after]
-        _replace(card, "\n\n".join(p for p in parts if p).rstrip("\n") + "\n")
+        _replace(card, with_exports(card.read_text(encoding="utf-8"), block))
+
+
+def with_exports(text: str, block: Any) -> str:
+    """A card with the section of config.json's block of an export, in place of the one that it has; None: without."""
+    begin = re.search(rf"^{_EXPORTS_HEADING}$", text, re.M)
+    end = re.compile(r"^#{1,2} ", re.M).search(text, begin.end()) if begin else None
+    before, after = (text[: begin.start()], text[end.start() :] if end else "") if begin else (text, "")
+    parts = [before.rstrip("\n"), *_exports(block), after]
+    return "\n\n".join(p for p in parts if p).rstrip("\n") + "\n"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import errors
 from torch import nn
 
 from ..version import __version__
-from .card import make_card
+from .card import make_card, with_exports
 from .checks import CARD, CONFIG, EXPORTS, GOLDEN, PICKLES, WEIGHTS, build_on_meta, read_config
 from .errors import NO_TOKEN, TRIES, HubError, check_repo_id, hub_errors, retry, status_of
 from .save import save_pretrained
@@ -196,8 +196,9 @@ def _contents(
         sources[name] = Path(file)
     block = strip_paths({**config.info, **(info or {})})
     measured = block.get("export")
-    if not hashes or not isinstance(measured, Mapping) or measured.get("files") != hashes:
-        block.pop("export", None)  # of other files than those that are there
+    stale = "export" in block and not (isinstance(measured, Mapping) and hashes and measured.get("files") == hashes)
+    if stale:
+        del block["export"]  # of other files than those that are there
     if results:
         block["results"] = [dict(r) for r in results]
     license = license or block.get("license")
@@ -212,11 +213,15 @@ def _contents(
         raise HubError(f"info and results must be JSON-plain: {e}") from None
     if CARD in sources:  # the author's own
         try:
-            return sources, sources[CARD].read_text(encoding="utf-8")
+            own = sources[CARD].read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise HubError(
                 f"{sources[CARD]} is not UTF-8 text; save it as UTF-8, or remove it and one is made"
             ) from None
+        if stale:
+            own = with_exports(own, None)
+            sources[CARD] = own.encode()
+        return sources, own
     config = replace(config, info=block, data=data)
     others = [n for n in sources if n not in (CONFIG, WEIGHTS, GOLDEN, CARD)]
     card = make_card(
