@@ -25,6 +25,11 @@ random networks of the budget are scored as the run had candidates; the winners 
 `inherited` trains some networks of the space alone, from scratch, on as many images in total as the run's supernet
 saw, with its optimizer, schedule and augmentation, and compares their test accuracy with the inherited weights'.
 
+    python recipes/benchmark.py repair runs/digits-micro --budget macs=20%
+
+`repair` extracts random ViT-ResNAS networks of a run's supernet as they are and repaired (`extract(arch, repair=…)`) on
+training images, and compares their test accuracies.
+
     python recipes/benchmark.py steps --seeds 5 --threads 1 --json steps.jsonl
 
 `steps` compares the step rules of a supernet (`--step` of supernet.py and search.py) at equal CPU time of the process,
@@ -349,6 +354,28 @@ def inherited(args: argparse.Namespace) -> None:
     print(f"ratio: mean {statistics.mean(ratios):.4f}, least {min(ratios):.4f}")
 
 
+def repair(args: argparse.Namespace) -> None:
+    options, data, supernet = open_run(args.run_folder)
+    space, splits, transform = data.space, data.splits, eval_transform(data.config)
+    chosen = np.random.default_rng(args.seed).permutation(data.train)[: args.images].tolist()
+    images = torch.cat([x for x, _ in eval_batches(splits.train, transform, indices=chosen)])
+    test = eval_batches(splits.test, transform)
+    budget = None if args.budget == "none" else Budget.parse(args.budget, space.costs(space.largest))
+    pairs = []
+    for arch in space.sample_many(args.count, np.random.default_rng(args.seed), budget):
+        with torch.inference_mode():
+            counts = [count_correct(supernet.extract(arch, repair=r), test) for r in (None, images)]
+        pairs.append([correct / total for correct, total in counts])
+    plain, repaired = (statistics.mean(column) for column in zip(*pairs, strict=True))
+    gains = [b - a for a, b in pairs]
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    print(
+        f"{options.dataset}, {len(pairs)} random networks, budget {args.budget}, repaired on {len(images)} images: as "
+        f"trained {plain:.4f}, repaired {repaired:.4f}, {100 * (repaired - plain):+.2f} points, standard error "
+        f"{100 * error:.2f}; higher for {sum(g > 0 for g in gains)}, lower for {sum(g < 0 for g in gains)}"
+    )
+
+
 class Rule:
     """Training by a step rule, step by step.
 
@@ -528,6 +555,15 @@ def make_parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=inherited)
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
     verb.add_argument("--count", type=int, default=5, help="networks, drawn at random from the space")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--threads", type=int, default=0)
+
+    verb = verbs.add_parser("repair", help="sub-networks of a ViT-ResNAS supernet, repaired in closed form or not")
+    verb.set_defaults(run=repair)
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
+    verb.add_argument("--budget", default="macs=20%", help="of the networks; none: any")
+    verb.add_argument("--images", type=int, default=512)
+    verb.add_argument("--count", type=int, default=20)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--threads", type=int, default=0)
 

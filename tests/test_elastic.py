@@ -392,3 +392,33 @@ def test_networks_to_measure_hold_every_layer():
     space = ElasticSpace("test_vit", img_size=32, num_classes=7)
     held = {layer for arch in cover_networks(space) for layer in space.layers(arch)}
     assert set(measured_layers(space)) <= held
+
+
+def test_sub_networks_of_a_vit_resnas_supernet_are_repaired():
+    """Nearer to the network that has all heads and hidden units, whose other weights they share."""
+    torch.manual_seed(0)
+    net = timm.create_model("vit_resnas_supernet").eval()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.add_(torch.randn_like(param) * 0.05)
+    x, more = (torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in (16, 64))
+    row = net.space.encode(net.space.sample(np.random.default_rng(1)))
+    units = [gene.kind == "unit" for gene in net.space.genes]
+    whole = net.extract(net.space.decode(np.where(units, 0, row)[None].astype(row.dtype))[0])
+    row = np.where(units, [len(gene.choices) - 1 for gene in net.space.genes], row).astype(row.dtype)
+    arch = net.space.decode(row[None])[0]
+    plain, repaired = net.extract(arch), net.extract(arch, repair=more)
+    with torch.inference_mode():
+        far, near = ((m(x) - whole(x)).square().mean() for m in (plain, repaired))
+    assert near < 0.5 * far
+    before, after = plain.state_dict(), repaired.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {
+        k for k in before if k.startswith("blocks.") and ("attn.proj." in k or "mlp.fc2." in k)
+    }
+    again = net.extract(net.space.largest, repair=more)  # nothing is missing
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.extract(net.space.largest).state_dict().items())
+
+
+def test_widths_of_another_length():
+    with pytest.raises(NarrowError, match=r"widths\[1\] must be"):
+        timm.create_model("vit_elastic", base="test_vit", widths=[[2, 8], [2, 8, 16, 1], *[[2, 8]] * 4])

@@ -76,7 +76,7 @@ def test_a_front_of_the_control(tmp_path):
         (["--prescreen", "0.5"], "--score dss does not go with --prescreen"),
         (["--model", "vit_tiny_patch16_224"], "--score dss is of networks that are not trained"),
         (["--budget", "macs=1%"], "is below the smallest network of the space"),
-        (["--step", "single", "--num-archs", "3"], "single trains one sub-network"),
+        (["--step", "single"], "--step is for training a supernet; with --score dss none is trained"),
     ],
 )
 def test_what_is_refused(options, message, tmp_path, capsys):

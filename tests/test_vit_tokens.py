@@ -567,3 +567,11 @@ def test_the_benchmark_of_fewer_tokens(tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmark_shrink.main(["--model", str(tmp_path / "base"), "--probe", "digits"])
     assert "--calibrate is missing; only --tokens needs none" in capsys.readouterr().err
+
+
+def test_a_model_that_was_refused_is_what_it_was():
+    model = timm.create_model("test_vit")
+    kind = type(model)
+    with pytest.raises(TokenError, match="rising numbers of blocks"):
+        reduce_in_place(model, "dynamicvit", locations=[99])
+    assert type(model) is kind

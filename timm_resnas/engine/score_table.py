@@ -44,6 +44,7 @@ def read_accuracies(path: Path, name: str) -> list[tuple[Arch, dict[str, float]]
                         "model": "autoformer",
                         "args": {
                             "embed_dim": r["arch"]["hidden_dim"],
+                            "depth": r["arch"]["depth"],
                             "mlp_ratio": r["arch"]["mlp_ratio"],
                             "num_heads": r["arch"]["num_heads"],
                         },

@@ -43,7 +43,7 @@ from .models import align_classes, record_of
 from .report import report, train_command
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
-from .settings import TRAINING_FREE, SearchOptions
+from .settings import TRAINING_FREE, SearchOptions, SupernetOptions
 from .supernet import SearchData, networks_per_image, open_space
 
 __all__ = [
@@ -59,6 +59,10 @@ __all__ = [
     "val_parts",
 ]
 
+OF_STEPS = (  # options
+    *("step", "sampler", "mode", "token_labeling", "teacher", "teacher_path", "temperature"),
+    *("clip_others", "project_epoch"),
+)
 FINALISTS = 10  # networks that are measured until one is within a latency budget
 NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
@@ -70,10 +74,15 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
+    trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
+    if trained is None and options.score in TRAINING_FREE:
+        trained = f"--score {options.score}"
+    if trained is not None:
+        defaults = SupernetOptions()
+        for name in OF_STEPS:
+            if getattr(options, name) != getattr(defaults, name):
+                raise RunError(f"--{name.replace('_', '-')} is for training a supernet; with {trained} none is trained")
     if options.model is not None:
-        for name, default in (("step", "groups"), ("teacher", None)):
-            if (value := getattr(options, name)) != default:
-                raise RunError(f"--{name} {value} is for training a supernet; --model shrinks a model that is trained")
         if options.score in TRAINING_FREE:
             raise RunError(f"--score {options.score} is of networks that are not trained; with --model take agreement")
         return

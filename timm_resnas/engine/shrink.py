@@ -43,7 +43,7 @@ from .search import FINALISTS, distinct_points, fingerprint, make_budget, make_s
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
 from .shrink_report import report
-from .supernet import SearchData, num_archs, train_supernet
+from .supernet import SearchData, num_archs, seen_images, train_supernet
 from .train import ModelTraining, TrainData
 from .train import prepare as prepare_model
 
@@ -93,7 +93,13 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         net = _train_elastic(options, accelerator, run.part("elastic"), net, data, images).eval()
     net.calibrate(images.split(64))
     if run.is_main and not (run / "supernet").exists():
-        save_pretrained(net, run / "supernet", label_names=data.splits.class_names, data_config=data.config)
+        save_pretrained(
+            net,
+            run / "supernet",
+            label_names=data.splits.class_names,
+            data_config=data.config,
+            files=seen_images(data.splits, data.val),
+        )
     accelerator.wait_for_everyone()
     if table is not None:
         table.price(net.space, device=table.conditions.device)
@@ -214,7 +220,14 @@ def _train_elastic(
     net.calibrate(images.split(64), repair=False)
     choices = [[[n for n in gene if n * LEAST_TRAINED >= gene[0]] for gene in pair] for pair in net.space.choices]
     space = ElasticSpace(net.space.base, choices, **net.space.model_args)
-    sandwich = dataclasses.replace(options, step="sandwich", epochs=options.elastic_epochs, arch_warmup_epochs=0)
+    sandwich = dataclasses.replace(
+        options,
+        step="sandwich",
+        epochs=options.elastic_epochs,
+        arch_warmup_epochs=0,
+        warmup_epochs=min(options.warmup_epochs, options.elastic_epochs / 2),
+        min_lr=min(options.min_lr, options.lr / 20),
+    )
     given = SearchData(data.splits, space, data.train, data.val, data.config)
     return train_supernet(sandwich, accelerator, run, given, net)
 

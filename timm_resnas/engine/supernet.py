@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ __all__ = [
     "open_run",
     "open_space",
     "prepare",
+    "seen_images",
     "train_supernet",
     "val_batches",
 ]
@@ -342,8 +344,6 @@ def train_supernet(
     training.share_buffers()
     if accelerator.is_main_process:
         info = {"space": space.to_dict(), "dataset": options.dataset, "seed": options.seed}
-        small = len(data.splits.train) <= HASHED_IMAGES
-        seen = training_record(data.splits.train, data.val, content_hashes(data.splits.train) if small else None)
         with full_precision(net):
             save_pretrained(
                 net,
@@ -351,11 +351,17 @@ def train_supernet(
                 info={**info, "epochs": options.epochs},
                 label_names=data.splits.class_names,
                 data_config=data.config,
-                files={"training_data.json": json.dumps(seen) + "\n"},
+                files=seen_images(data.splits, data.val),
             )
         shutil.rmtree(run.state / "training", ignore_errors=True)
     accelerator.wait_for_everyone()
     return net
+
+
+def seen_images(splits: Splits, val: Sequence[int]) -> dict[str, str]:
+    """The file that tells later users of a supernet which images it was trained on."""
+    hashes = content_hashes(splits.train) if len(splits.train) <= HASHED_IMAGES else None
+    return {"training_data.json": json.dumps(training_record(splits.train, val, hashes)) + "\n"}
 
 
 def make_optimizer(options: SupernetOptions, net: nn.Module) -> torch.optim.Optimizer:

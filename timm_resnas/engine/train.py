@@ -141,13 +141,15 @@ def prepare(options: TrainOptions, run: Run) -> tuple[nn.Module, TrainData]:
     fits = True
     if options.pretrained or options.pretrained_path:
         fits = start_from_classes(model, splits, options, run)
-    if options.reduce_tokens == "dynamicvit" and not fits:
+    if options.reduce_tokens is not None:
+        model = reduced(model, options)
+    if isinstance(model, DynamicViT) and not fits:
         raise RunError(
             f"{options.model} was trained on other classes than those of {options.dataset}; a DynamicViT learns from "
             f"the network that it starts from: fine-tune that on this data first"
         )
-    if options.reduce_tokens is not None:
-        model = reduced(model, options)
+    if isinstance(model, DynamicViT) and not (options.pretrained or options.pretrained_path):
+        raise RunError(f"{options.model} is a DynamicViT, which starts from trained weights: give --pretrained")
     config = data_config(options, splits, train, model)
     if options.multi_scale and model.pretrained_cfg.get("fixed_input_size"):
         raise RunError(

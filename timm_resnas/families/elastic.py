@@ -29,7 +29,7 @@ from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
-__all__ = ["ElasticSupernet", "elastic"]
+__all__ = ["ElasticSupernet", "elastic", "repair_narrower"]
 
 REPAIR_ROWS = 64  # images at a time in a branch that is repaired
 
@@ -353,6 +353,24 @@ def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
     net.load_state_dict(model.state_dict())
     param = next(model.parameters())
     return net.to(param.device, param.dtype).train(model.training)
+
+
+@torch.no_grad()
+def repair_narrower(small: nn.Module, whole: nn.Module, images: torch.Tensor) -> None:
+    """Repair, in place, a network that has the first heads and hidden units of another one, see `extract`.
+
+    Args:
+        small: The narrower network, of the same embedding widths and blocks.
+        whole: What its layers are to add up to.
+        images: [n, C, H, W]; unlabelled, 256 to 1024 are enough.
+
+    Raises:
+        NarrowError: See `elastic`.
+    """
+    net = elastic(whole).eval()
+    widths = [[attn.units.count, mlp.units.count] for attn, mlp in branches(small)]
+    arch = net.check_arch({"base": net.space.base, "widths": widths})
+    small.load_state_dict({**small.state_dict(), **net.repaired(arch, images)})
 
 
 def _within(space: ElasticSpace, arch: ElasticArch) -> list[list[list[int]]]:

@@ -6,6 +6,7 @@ Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..nas.packs import (
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.units import Units, pre_norm_units
+from .elastic import repair_narrower
 from .vit_resnas_space import VitResNasSpace
 
 __all__ = ["VitResNasSpace", "VitResNasSupernet"]
@@ -94,6 +96,26 @@ class VitResNasSupernet(Supernet, VitResNas):
             patch_head=self.patch_head is not None,
             pretrained_cfg_overlay=overlay,
         )
+
+    def extract(self, arch: Any, repair: torch.Tensor | None = None) -> nn.Module:
+        """See `Supernet.extract`.
+
+        Args:
+            arch: The sub-network.
+            repair: Images, [n, C, H, W], unlabelled: what the heads and hidden units that it lacks would have added to
+                each layer is regressed on those that it has, as for a pretrained network, see `elastic`.
+        """
+        net = super().extract(arch)
+        if repair is not None:
+            arch = self.check_arch(arch)
+            blocks = [
+                replace(block, num_heads=limit.num_heads, mlp_hidden=limit.mlp_hidden)
+                if isinstance(block, Block)
+                else block
+                for block, limit in zip(arch.blocks, self.arch.blocks, strict=True)
+            ]
+            repair_narrower(net, super().extract(replace(arch, blocks=tuple(blocks))), repair)
+        return net
 
     def own_key(self, arch: NetworkDef, key: str) -> str:
         """See `Supernet.own_key`: absent blocks are not counted in the extracted network."""

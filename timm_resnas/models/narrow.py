@@ -342,6 +342,9 @@ def narrow(model: nn.Module, widths: Sequence[Sequence[int]]) -> None:
     pairs = branches(model)
     if len(widths) != len(pairs):
         raise NarrowError(f"{type(model).__name__} has {len(pairs)} blocks, got widths of {len(widths)}")
+    for i, own in enumerate(widths):
+        if len(own) not in (2, 3):
+            raise NarrowError(f"widths[{i}] must be [num_heads, mlp_hidden], or these and head_dim, got {own!r:.60}")
     for (attn, _), (_, _, *head_dim) in zip(pairs, widths, strict=True):
         if head_dim and attn.units.count:
             _cut_heads(model, attn, *head_dim)

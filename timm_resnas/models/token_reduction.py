@@ -612,7 +612,11 @@ def reduce_in_place(model: nn.Module, method: str, **options: Any) -> nn.Module:
     if getattr(model.attn_pool, "pos_embed", None) is not None:
         raise TokenError(f"attn_pool of this {kind.__name__} has a position embedding, so it needs every token")
     model.__class__ = _front(METHODS[method], kind)
-    model.set_up(**options)
+    try:
+        model.set_up(**options)
+    except Exception:
+        model.__class__ = kind  # layers are made after all checks
+        raise
     return model
 
 

@@ -14,6 +14,7 @@ Papers:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -119,7 +120,7 @@ def _snip(model: nn.Module, maps: Maps, images: torch.Tensor, labels: torch.Tens
 
 
 def _synflow(model: nn.Module, maps: Maps, images: torch.Tensor, labels: Any) -> float:
-    """Logarithm of SynFlow: the sum of dR/dW W over the same weights, R as in DSS, all weights made positive."""
+    """Logarithm of SynFlow: the sum of |dR/dW W| over the same weights, R as in DSS, all weights made positive."""
     model.double()  # products of many layers
     _make_positive(model.state_dict().values())
     ones = torch.ones_like(images[:1], dtype=torch.float64)
@@ -266,6 +267,9 @@ class ProxyEvaluator(Evaluator):
 
     def _count(self, archs: list[Arch], at_least: int | None) -> list[dict[str, Any]]:
         values = [proxy_score(self.proxy, self.net, arch, self.images, self.labels) for arch in archs]
+        for arch, value in zip(archs, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"the score {self.proxy} of {arch.key():.80} is {value}; take another --score")
         return [
             {"key": arch.key(), "score": round(value * FIXED_POINT), "value": value}
             for arch, value in zip(archs, values, strict=True)

@@ -121,6 +121,8 @@ class SandwichTask(SupernetTask):
         self, input: torch.Tensor, target: torch.Tensor, archs: Sequence[Arch], mode: str | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         largest, *others = archs
+        if not others:
+            raise ValueError("the sandwich rule needs the largest network and at least one other")
         output = self.trainable_module(input, archs=[largest], mode=mode)
         taught = output.detach()
         yield output, self._largest_loss(input, output, target)
