@@ -19,6 +19,7 @@ from timm_resnas.families.vit_resnas import VitResNasSpace
 from timm_resnas.hub import save_pretrained
 from timm_resnas.models.vit_resnas import checkpoint_filter_fn
 from timm_resnas.nas import elastic
+from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
 
@@ -650,3 +651,16 @@ def test_arch_objects_and_defs_are_both_taken():
     wanted = net(x, archs=[arch])
     for form in (arch.to_network_def(), str(arch), arch.args(), json.loads(json.dumps(arch.record()))):
         assert torch.equal(net(x, archs=[form]), wanted)
+
+
+@pytest.mark.parametrize("name", ["vit_resnas_supernet", "autoformer_supernet", "vit_elastic_supernet"])
+def test_costs_follow_the_image_size_and_the_classifier(name):
+    net = timm.create_model(name).eval()
+    height, width = net.space.model_args["img_size"]
+    for change in (lambda: net.set_input_size(img_size=(2 * height, width)), lambda: net.reset_classifier(3)):
+        change()
+        arch = net.space.smallest if name != "vit_elastic_supernet" else net.space.largest
+        small = net.extract(arch)
+        costs = net.space.costs(arch)
+        assert costs["params"] == sum(p.numel() for p in small.parameters())
+        assert costs["macs"] == count_macs(small, (3, 2 * height, width))

@@ -47,6 +47,25 @@ class Supernet(nn.Module, ABC):
         self.active = None
         self._checked: dict[str, Arch] = {}
 
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None, **kwargs: Any) -> None:
+        """As the full network's; costs of the space are those at the new size."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size, **kwargs)  # type: ignore[misc]
+        self._restate()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
+        """As the full network's; costs of the space are those with the new classifier."""
+        super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
+        self._restate()
+
+    def _restate(self) -> None:
+        """The space, at the model arguments of today."""
+        net: Any = self
+        size = getattr(net, "img_size", None) or net.patch_embed.img_size
+        given = {"num_classes": net.num_classes, **({} if size is None else {"img_size": tuple(size)})}
+        if "patch_size" in self.space.model_args and hasattr(net.patch_embed, "patch_size"):
+            given["patch_size"] = net.patch_embed.patch_size[0]
+        self.space = self.space.at(**given)
+
     # -- a family supplies -------------------------------------------------------------------------------------------
 
     @abstractmethod
