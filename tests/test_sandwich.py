@@ -223,3 +223,17 @@ def test_nasvit_uses_its_divergence():
     largest, *others = (net(x, archs=[arch]) for arch in archs)
     torch.testing.assert_close(second, sum(AlphaDivergence()(o, largest.detach()) for o in others))
     torch.testing.assert_close(first, F.cross_entropy(largest, y, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("name", ["vit_resnas_supernet", "autoformer_supernet"])
+def test_checkpointing_with_drop_path_is_refused(name):
+    net = timm.create_model(name, drop_path_rate=0.1).train()
+    net.set_grad_checkpointing()
+    task = SandwichTask(net, verbose=False)
+    x, archs = torch.zeros(2, 3, 32, 32), [net.space.largest, net.space.smallest]
+    with pytest.raises(ValueError, match="checkpointing"):
+        task(x, torch.zeros(2, dtype=torch.long), archs)
+    for module in net.modules():
+        assert getattr(module, "drop_prob", None) != 0.0
+    with pytest.raises(ValueError, match="at least one other"):
+        task(x, torch.zeros(2, dtype=torch.long), archs[:1])

@@ -294,7 +294,14 @@ def _without_drop(model: nn.Module) -> Iterator[None]:
         name = "drop_prob" if isinstance(module, DropPath) else "p" if isinstance(module, nn.Dropout) else None
         if name is not None:
             rates.append((module, name, getattr(module, name)))
-            setattr(module, name, 0.0)
+    if any(rate for *_, rate in rates) and any(getattr(m, "grad_checkpointing", False) for m in model.modules()):
+        # the backward pass would compute these networks again with what is off here
+        raise ValueError(
+            "with gradient checkpointing the sandwich rule cannot turn drop path and dropout off for the smaller "
+            "networks; set their rates to 0, or checkpointing off"
+        )
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
