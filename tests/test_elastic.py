@@ -155,7 +155,7 @@ def test_heads_that_keep_their_entries():
         widths = [[*own, 8] for own in ElasticSpace(name, **BASES[name]).largest.widths]
         with pytest.raises(NarrowError, match="normed, rotated or mixed"):
             timm.create_model("vit_elastic", base=name, widths=widths, **BASES[name])
-        with pytest.raises(ArchError, match="block 0 can have"):
+        with pytest.raises(ArchError, match="heads of block 0 are normed, rotated or mixed"):
             ElasticArch.from_args(dict(base=name, widths=widths)).costs(**BASES[name])
 
 

@@ -57,7 +57,7 @@ class _Quiet:
             if self._inside == 1:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
-                warnings.simplefilter("ignore")
+                warnings.filterwarnings("ignore", module=r"PIL\.")
 
     def __exit__(self, *error) -> None:
         with self._lock:

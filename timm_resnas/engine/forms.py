@@ -7,7 +7,6 @@ A form is written as parts joined by "+": any of `CHANGES`, and at most one of `
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 from collections.abc import Callable
 
@@ -74,8 +73,9 @@ def form_of(create: Callable[[], nn.Module], form: str, images: torch.Tensor) ->
     elif runner == "export":
         run = to_program(model, example).module()
     elif runner == "torchscript":
-        with warnings.catch_warnings():  # of its end
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)  # from torch 2.14 on
             run = torch.jit.script(model)
     return lambda x: run(x.to(**kwargs)) if kwargs else run(x)
 
@@ -83,9 +83,11 @@ def form_of(create: Callable[[], nn.Module], form: str, images: torch.Tensor) ->
 def _in_onnx_runtime(model: nn.Module, images: torch.Tensor, legacy: bool) -> Run:
     if legacy:
         graph = io.BytesIO()
-        with warnings.catch_warnings():  # of its end, and of each shape that becomes a constant
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # what becomes a constant or is not folded: outputs at two batch sizes show whether it matters
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", "Constant folding|ONNX export mode", UserWarning)
             torch.onnx.export(
                 model,
                 (images,),

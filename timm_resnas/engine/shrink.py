@@ -43,15 +43,17 @@ from .search import FINALISTS, distinct_points, fingerprint, make_budget, make_s
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
 from .shrink_report import report
-from .supernet import SearchData, num_archs, seen_images, train_supernet
+from .supernet import SearchData, networks_per_image, num_archs, seen_images, train_supernet
 from .train import ModelTraining, TrainData
 from .train import prepare as prepare_model
+from .training import check_passes
 
 __all__ = ["shrink"]
 
 POWERS = (1.0, 0.7, 0.5, 1.5)  # of the losses of single genes, in the knapsacks that a search starts from
 REPAIRED = 3  # best candidates that are repaired layer after layer before one is chosen
 TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
+ELASTIC_STEP = "sandwich"
 LEAST_TRAINED = 4  # times as many units are in the full network's layers as in the smallest one's of --elastic-epochs
 ROUNDS = 15  # of latency measurements, interleaved
 
@@ -168,6 +170,7 @@ def _prepare(options: SearchOptions, run: Run) -> tuple[nn.Module, TrainData, bo
     """The model with its weights, for the data's classes; the data; whether its own classes are the data's."""
     if options.supernet is not None or options.space is not None:
         raise RunError("--model goes neither with --space nor with --supernet: its own widths are the space")
+    check_passes(dataclasses.replace(options, warmup_epochs=0), run.num_processes)  # each stage has its own warm-up
     if options.elastic_epochs and num_archs(options) < 2:
         raise RunError("--elastic-epochs trains the full network and narrower ones at once; --num-archs 1 is too few")
     if options.prescreen or options.search == "pareto" and options.score != "accuracy":
@@ -208,6 +211,12 @@ def _calibration(options: SearchOptions, data: TrainData, device: torch.device) 
     return torch.cat([x for x, _ in _batches(options, data, data.splits.train, device, chosen.tolist())])
 
 
+def _trained_space(space: ElasticSpace) -> ElasticSpace:
+    """The networks that --elastic-epochs trains: none of a tiny part of the full one."""
+    choices = [[[n for n in gene if n * LEAST_TRAINED >= gene[0]] for gene in pair] for pair in space.choices]
+    return ElasticSpace(space.base, choices, **space.model_args)
+
+
 def _train_elastic(
     options: SearchOptions,
     accelerator: Accelerator,
@@ -218,17 +227,15 @@ def _train_elastic(
 ) -> Supernet:
     """Narrower networks trained at once by the sandwich rule, the full one by labels and the others by its answers."""
     net.calibrate(images.split(64), repair=False)
-    choices = [[[n for n in gene if n * LEAST_TRAINED >= gene[0]] for gene in pair] for pair in net.space.choices]
-    space = ElasticSpace(net.space.base, choices, **net.space.model_args)
     sandwich = dataclasses.replace(
         options,
-        step="sandwich",
+        step=ELASTIC_STEP,
         epochs=options.elastic_epochs,
         arch_warmup_epochs=0,
         warmup_epochs=min(options.warmup_epochs, options.elastic_epochs / 2),
         min_lr=min(options.min_lr, options.lr / 20),
     )
-    given = SearchData(data.splits, space, data.train, data.val, data.config)
+    given = SearchData(data.splits, _trained_space(net.space), data.train, data.val, data.config)
     return train_supernet(sandwich, accelerator, run, given, net)
 
 
@@ -466,7 +473,11 @@ def _print_plan(
     stages = {
         f"fine-tune the full model, {options.epochs} epochs of {train} images": options.epochs * train * 3 * each,
         f"train {num_archs(options)} networks at once, {options.elastic_epochs} epochs of {train} images": (
-            options.elastic_epochs * train * 3 * each * (1.25 + (num_archs(options) - 2) * 0.625)
+            options.elastic_epochs
+            * train
+            * 3
+            * each
+            * networks_per_image(dataclasses.replace(options, step=ELASTIC_STEP), _trained_space(space))
         ),
         f"rank units and prepare repair on {calibration} images": calibration * 4 * each,
         f"score {probes} networks with one layer narrowed on {val} images": probes * val * each,

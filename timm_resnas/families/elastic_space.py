@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..arch import Arch, ArchError, Layer
-from ..models.narrow import Branch, NarrowError, branches
+from ..models.narrow import Branch, NarrowError, branches, check_head_dim
 from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, create_base
 from ..nas.count import count_modules
 from ..nas.space import Gene, Position, SearchSpace
@@ -269,17 +269,13 @@ class ElasticArch(Arch):
                 continue
             block, which = part
             branch, (*keep, head_dim) = structure.pairs[block][which], (*self.widths[block], None)[:3]
-            if which == 0 and head_dim is not None:
-                _check_head_dim(block, branch, head_dim)
+            if which == 0 and head_dim is not None and branch.count:
+                try:
+                    check_head_dim(f"block {block}", branch.width, branch.entries, head_dim)
+                except NarrowError as e:
+                    raise ArchError(str(e)) from None
             found.append(branch.layer(keep[which], head_dim if which == 0 else None))
         return tuple(layer for layer in found if layer is not None)
-
-
-def _check_head_dim(block: int, branch: _Branch, head_dim: int) -> None:
-    least = 1 if branch.entries else branch.width
-    if branch.count and not least <= head_dim <= branch.width:
-        allowed = f"{least} to {branch.width}" if branch.entries else f"{branch.width}, for they are normed or rotated"
-        raise ArchError(f"heads of block {block} can have {allowed} entries, got {head_dim}")
 
 
 def check_widths(arch: ElasticArch, limit: Widths) -> None:

@@ -365,20 +365,27 @@ def _paired(pairs: Sequence[tuple[Branch, Branch]], widths: Sequence[Sequence[in
         yield from zip(pair, counts[:2], strict=True)
 
 
-def check_head_dim(branch: Branch, head_dim: int) -> None:
-    """Raises:
-    NarrowError: The heads of an attention cannot be of that many entries.
+def check_head_dim(name: str, width: int, entries: bool, head_dim: int) -> None:
+    """Whether the heads of an attention can be of ``head_dim`` entries.
+
+    Args:
+        name: Of the attention, for the message.
+        width: Entries that they have.
+        entries: See `Branch`.
+        head_dim: Entries to keep.
+
+    Raises:
+        NarrowError: They cannot.
     """
-    name, width = branch.units.name, branch.width
     if head_dim > width or head_dim < 1:
         raise NarrowError(f"heads of {name} have {width} entries, 1 to {width} can be kept; got {head_dim}")
-    if head_dim < width and not branch.entries:
+    if head_dim < width and not entries:
         raise NarrowError(f"heads of {name} are normed, rotated or mixed, so that each keeps its {width} entries")
 
 
 def _cut_heads(model: nn.Module, branch: Branch, head_dim: int) -> None:
     """Reduce every head to its first entries."""
-    check_head_dim(branch, head_dim)
+    check_head_dim(branch.units.name, branch.width, branch.entries, head_dim)
     if head_dim == branch.width:
         return
     for part in branch.units.parts:
