@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arch import Arch
-from ..nas.cost import Budget, describe_layers, format_cost
+from ..nas.cost import Budget, format_cost
 from ..nas.evaluate import in_answers
 from ..nas.jsonl import read_jsonl
-from ..nas.space import SearchSpace
 from . import shrink_report, training_free_report
 from .baseline import describe, verdict
 from .correlation import spearman
+from .markdown import network, provenance
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
@@ -153,8 +151,6 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
 
 def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: list[dict[str, Any]], table: str) -> str:
     """The report's text."""
-    arch = Arch.from_record(results["best"])
-    model_args = SearchSpace.from_dict(results["space_dict"]).model_args
     front_costs = objectives(results)
     shown = [name for name in dict.fromkeys((*front_costs, *LABELS)) if name in results["front"][0]]
     points = [
@@ -196,14 +192,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "",
         *statistics(results, history),
         "",
-        "## The network",
-        "",
-        describe_layers(arch.layers(**model_args)),
-        "",
-        "```",
-        json.dumps(arch.canonical().record()),
-        "```",
-        "",
+        *network(results),
         "```python",
         "import timm, timm_resnas",
         "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
@@ -232,14 +221,11 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "",
         "![choices](choices.png)",
         "",
-        "## How it was made",
-        "",
-        f"- command: `{results['command']}`",
-        f"- supernet: {supernet or 'trained by this run'}",
-        f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}",
-        f"- training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
-        + (", since the run was last continued" if results.get("resumed") else ""),
-        "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-        "",
+        *provenance(
+            results,
+            f"training {format_minutes(seconds['training'])}, search {format_minutes(seconds['search'])}"
+            + (", since the run was last continued" if results.get("resumed") else ""),
+            f"- supernet: {supernet or 'trained by this run'}",
+        ),
     ]
     return "\n".join(lines)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..arch import Arch
-from ..nas.cost import Budget, describe_layers, format_cost
-from ..nas.space import SearchSpace
+from ..nas.cost import Budget, format_cost
 from .baseline import describe, verdict
+from .markdown import network, provenance
 from .plots import ACCENT, save
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
@@ -72,8 +70,6 @@ def networks_table(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any], table: str) -> str:
     """The report's text."""
-    arch = Arch.from_record(results["best"])
-    model_args = SearchSpace.from_dict(results["space_dict"]).model_args
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
     images, epochs = results["images"], results["epochs"]
@@ -104,29 +100,17 @@ def markdown(results: dict[str, Any], table: str) -> str:
             "",
             "![test accuracy against MACs](shrunk.png)",
             "",
-            "## The network",
-            "",
-            "![heads and hidden units of each block](widths.png)",
-            "",
-            describe_layers(arch.layers(**model_args)),
-            "",
-            "```",
-            json.dumps(arch.record()),
-            "```",
-            "",
+            *network(results, "![heads and hidden units of each block](widths.png)"),
             "```python",
             "import timm, timm_resnas",
             "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
             "```",
             "",
-            "## How it was made",
-            "",
-            f"- command: `{results['command']}`",
-            f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}, "
-            f"{format_minutes(results['seconds'])}" + (", since it was last continued" if results["resumed"] else ""),
-            *([f"- the search ended early ({results['ended_early']})"] if results["ended_early"] else []),
-            "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-            "",
+            *provenance(
+                results,
+                format_minutes(results["seconds"]) + (", since it was last continued" if results["resumed"] else ""),
+                *([f"- the search ended early ({results['ended_early']})"] if results["ended_early"] else []),
+            ),
         ]
     )
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arch import Arch
-from ..nas.cost import Budget, describe_layers, format_cost
+from ..nas.cost import Budget, format_cost
 from ..nas.jsonl import read_jsonl
-from ..nas.space import SearchSpace
 from .correlation import spearman
+from .markdown import network, provenance
 from .plots import draw_choices
 from .run import RunError, atomic_write, format_minutes, read_json
 
@@ -75,14 +73,13 @@ def follows(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
 
 def markdown(results: dict[str, Any], table: str, folder: Path) -> str:
     """The report's text."""
-    arch, limits = Arch.from_record(results["best"]), {k: v for k, v in results["budget"].items() if k != "asked"}
+    limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
     front = [
         f"- pareto/{k}: {format_cost('macs', p['macs'])} MACs, {format_cost('params', p['params'])} parameters, "
         f"{results['training_free']} {p['value']:.6g}"
         for k, p in enumerate(results["front"], start=1)
     ]
-    model_args = SearchSpace.from_dict(results["space_dict"]).model_args
     return "\n".join(
         [
             f"# Training-free search for {results['dataset']}, space {results['space']}",
@@ -99,25 +96,12 @@ def markdown(results: dict[str, Any], table: str, folder: Path) -> str:
             "```",
             *(["", f"The search ended early ({results['ended_early']})."] if results["ended_early"] else []),
             "",
-            "## The network",
-            "",
-            describe_layers(arch.layers(**model_args)),
-            "",
-            "```",
-            json.dumps(arch.canonical().record()),
-            "```",
-            "",
+            *network(results),
             *(["## Front", "", *front, ""] if front else []),
             "What was chosen in each stage: the first generation, the best networks of the whole search, and the best.",
             "",
             "![choices](choices.png)",
             "",
-            "## How it was made",
-            "",
-            f"- command: `{results['command']}`",
-            f"- seed {results['seed']}, {results['processes']} process{'es' * (results['processes'] > 1)}, "
-            f"{format_minutes(results['seconds'])}",
-            "- " + ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
-            "",
+            *provenance(results, format_minutes(results["seconds"])),
         ]
     )
