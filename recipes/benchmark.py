@@ -28,7 +28,7 @@ saw, with its optimizer, schedule and augmentation, and compares their test accu
     python recipes/benchmark.py repair runs/digits-micro --budget macs=20%
 
 `repair` extracts random ViT-ResNAS networks of a run's supernet as they are and repaired (`extract(arch, repair=…)`) on
-training images, and compares their test accuracies.
+training images, and compares their test accuracies; with `--best` the best candidates of the run's search instead.
 
     python recipes/benchmark.py steps --seeds 5 --threads 1 --json steps.jsonl
 
@@ -360,9 +360,15 @@ def repair(args: argparse.Namespace) -> None:
     chosen = np.random.default_rng(args.seed).permutation(data.train)[: args.images].tolist()
     images = torch.cat([x for x, _ in eval_batches(splits.train, transform, indices=chosen)])
     test = eval_batches(splits.test, transform)
-    budget = None if args.budget == "none" else Budget.parse(args.budget, space.costs(space.largest))
+    if args.best:
+        history = sorted(read_jsonl(args.run_folder / "history.jsonl"), key=rank_key)
+        archs, which = [Arch.from_record(record) for record in history[: args.count]], "networks, the search's best"
+    else:
+        budget = None if args.budget == "none" else Budget.parse(args.budget, space.costs(space.largest))
+        archs = space.sample_many(args.count, np.random.default_rng(args.seed), budget)
+        which = f"random networks, budget {args.budget}"
     pairs = []
-    for arch in space.sample_many(args.count, np.random.default_rng(args.seed), budget):
+    for arch in archs:
         with torch.inference_mode():
             counts = [count_correct(supernet.extract(arch, repair=r), test) for r in (None, images)]
         pairs.append([correct / total for correct, total in counts])
@@ -370,7 +376,7 @@ def repair(args: argparse.Namespace) -> None:
     gains = [b - a for a, b in pairs]
     error = statistics.stdev(gains) / len(gains) ** 0.5
     print(
-        f"{options.dataset}, {len(pairs)} random networks, budget {args.budget}, repaired on {len(images)} images: as "
+        f"{options.dataset}, {len(pairs)} {which}, repaired on {len(images)} images: as "
         f"trained {plain:.4f}, repaired {repaired:.4f}, {100 * (repaired - plain):+.2f} points, standard error "
         f"{100 * error:.2f}; higher for {sum(g > 0 for g in gains)}, lower for {sum(g < 0 for g in gains)}"
     )
@@ -561,7 +567,9 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("repair", help="sub-networks of a ViT-ResNAS supernet, repaired in closed form or not")
     verb.set_defaults(run=repair)
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
-    verb.add_argument("--budget", default="macs=20%", help="of the networks; none: any")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--budget", default="macs=20%", help="of random networks; none: any")
+    which.add_argument("--best", action="store_true", help="the best candidates of the run's search")
     verb.add_argument("--images", type=int, default=512)
     verb.add_argument("--count", type=int, default=20)
     verb.add_argument("--seed", type=int, default=0)
