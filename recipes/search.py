@@ -4,6 +4,7 @@
     accelerate launch recipes/search.py --dataset imagefolder:photos --space mini --img-size 96 --budget macs=60M
     accelerate launch recipes/search.py --budget macs=8M,params=600K --iterations 20 --max-minutes 30
     accelerate launch recipes/search.py --search pareto --objectives macs,params
+    accelerate launch recipes/search.py --search slimming --budget params=300K           # a family of networks
     accelerate launch recipes/search.py --latency-table latency.json --budget latency=40%   # of recipes/latency.py
     accelerate launch recipes/search.py --supernet runs/digits-micro/supernet --budget macs=30%    # nothing is trained
     accelerate launch recipes/search.py --score dss                                                # nothing is trained
@@ -31,6 +32,10 @@ Budgets are upper limits; candidates cost between 0.975 of the first-named one a
 (paper, released code). `macs=40%` is a share of the supernet's largest network, `none` is no limit. Latency comes from
 a table that `recipes/latency.py` measured on this device; what is called best is measured end to end before.
 `--search pareto` looks for the whole front instead of one network: accuracy against each of `--objectives`.
+`--search slimming` goes from the largest network down to the budget, each time by the step that loses least accuracy
+for what it gains (`--gain`: a cost, or size and latency together; EfficientFormer's searches): a block less, the next
+smaller width, fewer heads, fewer hidden units. The networks on its way are `pareto/<k>/`, and pareto.png shows what was
+rejected. A smaller `--slim-step` scores more candidates; the plan says how many.
 
 `--supernet` takes a folder or a Hub id of a supernet that was trained before, with its own space. Images that it was
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report
@@ -73,9 +78,10 @@ def defaults(options: SearchOptions) -> dict[str, Any]:
         "batch_size": 32 if model else 64,
         "lr": 1e-4 if model else 2e-3,
         "val_fraction": 0.15 if model else 1 / 3,
-        "population": 60 if model else 100,  # a knapsack's networks are among them
-        "iterations": 4 if model else 6,
     }
+    if options.search != "slimming":
+        chosen["population"] = 60 if model else 100  # a knapsack's networks are among them
+        chosen["iterations"] = 4 if model else 6
     if model and options.search == "evolution":
         chosen["mutation_prob"] = 0.1
     if not (model or options.supernet):

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arch import Arch
-from ..nas.cost import describe_layers
+from ..nas.cost import describe_layers, format_cost
 from ..nas.space import SearchSpace
 
-__all__ = ["network", "provenance"]
+__all__ = ["LABELS", "family", "network", "provenance"]
+
+LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
+
+
+def family(results: Mapping[str, Any], costs: Sequence[str], images: int, picture: str) -> list[str]:
+    """The lines on the networks of pareto/: a front's points, or the chain of a slimming.
+
+    Args:
+        results: Their ``front``, with ``score`` in correct answers.
+        costs: What accuracy is set against.
+        images: That candidates were scored on.
+        picture: Its name in the run's folder.
+    """
+    against = " and ".join(LABELS[name] for name in costs)
+    shown = [name for name in dict.fromkeys((*costs, *LABELS)) if name in results["front"][0]]
+    lines = [f"## Front of accuracy against {against}", ""]
+    if results.get("search") == "slimming":
+        lines = [
+            f"## The chain: accuracy against {against}",
+            "",
+            "The networks that slimming went through, from the cheapest up to where it began, with inherited weights. "
+            "Each step is the one that lost least for its gain; what was rejected is in the picture.",
+            "",
+        ]
+    lines += ["| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |"]
+    lines += ["|---|" + "---|" * (len(shown) + 1)]
+    for k, p in enumerate(results["front"], start=1):
+        priced = " | ".join(format_cost(name, p[name]) for name in shown)
+        lines.append(f"| pareto/{k} | {priced} | {p['score'] / images:.4f} |")
+    return [*lines, "", f"![score against {LABELS[costs[0]]}]({picture})", ""]
 
 
 def network(results: Mapping[str, Any], *pictures: str) -> list[str]:

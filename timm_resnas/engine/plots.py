@@ -17,7 +17,7 @@ from .run import atomic_write
 
 __all__ = ["accuracies", "draw_choices", "draw_pareto", "draw_progress", "draw_speed", "draw_training", "objectives"]
 
-COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd"}
+COLORS = {"initial": "#9aa5b1", "random": "#9aa5b1", "mutation": "#3e7cb1", "crossover": "#81a4cd", "action": "#9aa5b1"}
 TOP = 25  # networks whose choices are shown, where the search has no parents
 ACCENT = "#d1495b"
 UNITS = {"macs": "MACs", "params": " parameters", "memory": "B of memory"}
@@ -85,7 +85,7 @@ def _draw_accuracy(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Accuracy against cost (the front's first) of all candidates, the front, and networks to compare with."""
+    """Accuracy against cost (the front's first) of all candidates, the front or chain, and networks to compare with."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     cost, *others = objectives(results)
@@ -94,17 +94,24 @@ def draw_pareto(path: Path, results: dict[str, Any], history: list[dict[str, Any
     def points(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([r[cost] for r in records]) / scale, accuracies(results, records, "val")
 
-    for origin in dict.fromkeys(r["origin"] for r in history):
-        records = [r for r in history if r["origin"] == origin]
-        axes.scatter(*points(records), s=14, color=COLORS[origin], alpha=0.6, linewidths=0, label=origin)
-    axes.scatter(*points(results["spread"]), s=14, marker="D", color="#edae49", linewidths=0, label="random, any cost")
+    chain = {p["key"] for p in results["front"]} if results.get("search") == "slimming" else set()
+    for origin in dict.fromkeys(r["origin"] for r in history if r["key"] not in chain):
+        records = [r for r in history if r["origin"] == origin and r["key"] not in chain]
+        label_of = "rejected" if chain else origin
+        axes.scatter(*points(records), s=14, color=COLORS[origin], alpha=0.6, linewidths=0, label=label_of)
+    if results["spread"]:
+        axes.scatter(
+            *points(results["spread"]), s=14, marker="D", color="#edae49", linewidths=0, label="random, any cost"
+        )
     if results["random"]:
         axes.scatter(
             *points(results["random"]), s=22, facecolors="none", edgecolors="#444444", label="random, of the budget"
         )
     axes.scatter(*points([results["largest"]]), s=50, marker="s", color="#2b2d42", label="largest network")
     front = results["front"]
-    if others:  # the front has more dimensions than the picture
+    if chain:
+        axes.plot(*points(front), color=ACCENT, linewidth=1, marker="o", markersize=3, label="chain")
+    elif others:  # the front has more dimensions than the picture
         axes.scatter(*points(front), s=30, facecolors="none", edgecolors=ACCENT, label="front")
     else:
         axes.plot(*points(front), color=ACCENT, linewidth=1, drawstyle="steps-post", label="front")

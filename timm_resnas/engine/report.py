@@ -13,13 +13,12 @@ from ..nas.jsonl import read_jsonl
 from . import shrink_report, training_free_report
 from .baseline import describe, verdict
 from .correlation import spearman
-from .markdown import network, provenance
+from .markdown import LABELS, family, network, provenance
 from .plots import accuracies, draw_choices, draw_pareto, draw_progress, objectives
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
 __all__ = ["report", "results_table", "train_command"]
 
-LABELS = {"macs": "MACs", "params": "params", "memory": "memory", "latency_ms": "latency"}
 RISING = 0.02  # accuracy that the largest network gained between its last two evaluations
 RECORD = {"args", "generation", "key", "macs", "model", "origin", "score"}
 
@@ -151,15 +150,6 @@ def statistics(results: dict[str, Any], history: list[dict[str, Any]]) -> list[s
 
 def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: list[dict[str, Any]], table: str) -> str:
     """The report's text."""
-    front_costs = objectives(results)
-    shown = [name for name in dict.fromkeys((*front_costs, *LABELS)) if name in results["front"][0]]
-    points = [
-        "| folder | " + " | ".join(LABELS[name] for name in shown) + " | validation |",
-        "|---|" + "---|" * (len(shown) + 1),
-    ]
-    for k, p in enumerate(results["front"], start=1):
-        costs = " | ".join(format_cost(name, p[name]) for name in shown)
-        points.append(f"| pareto/{k} | {costs} | {p['score'] / results['val_images']:.4f} |")
     limits = {k: v for k, v in results["budget"].items() if k != "asked"}
     budget = f"{Budget.from_dict(limits)} (asked: `{results['budget']['asked']}`)" if limits else "none"
     space, supernet = results["space"], results.get("supernet")
@@ -198,12 +188,7 @@ def markdown(results: dict[str, Any], history: list[dict[str, Any]], training: l
         "model = timm.create_model('local-dir:best', pretrained=True)  # from this folder",
         "```",
         "",
-        f"## Front of accuracy against {' and '.join(LABELS[name] for name in front_costs)}",
-        "",
-        *points,
-        "",
-        f"![score against {LABELS[front_costs[0]]}](pareto.png)",
-        "",
+        *family(results, objectives(results), results["val_images"], "pareto.png"),
         "## Progress",
         "",
         "![progress](progress.png)",

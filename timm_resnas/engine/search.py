@@ -35,6 +35,7 @@ from ..nas.evolution import EvolutionSearch, RandomSearch, Search, rank_key
 from ..nas.jsonl import write_jsonl
 from ..nas.latency import LatencyTable, measure_network
 from ..nas.pareto import ParetoSearch
+from ..nas.slimming import Slimming
 from ..nas.space import BudgetError, SearchSpace
 from ..nas.supernet import Supernet
 from .baseline import score_baseline
@@ -47,9 +48,13 @@ from .settings import TRAINING_FREE, SearchOptions, SupernetOptions
 from .supernet import SearchData, networks_per_image, open_space
 
 __all__ = [
+    "candidates",
     "check_options",
+    "comparable",
+    "family",
     "finish",
     "fingerprint",
+    "front_cost",
     "load_supernet",
     "make_budget",
     "make_search",
@@ -63,6 +68,8 @@ OF_STEPS = (  # options
     *("step", "sampler", "mode", "token_labeling", "teacher", "teacher_path", "temperature"),
     *("clip_others", "project_epoch"),
 )
+OF_GENERATIONS = ("population", "iterations", "parents", "mutations", "crossovers", "mutation_prob")
+OF_SLIMMING = ("gain", "slim_step", "together")
 FINALISTS = 10  # networks that are measured until one is within a latency budget
 NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
@@ -74,6 +81,11 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
+    slimming, default = options.search == "slimming", SearchOptions()
+    for name in OF_GENERATIONS if slimming else OF_SLIMMING:
+        if getattr(options, name) != getattr(default, name):
+            other = "those of slimming are --gain, --slim-step and --together" if slimming else "add --search slimming"
+            raise RunError(f"--{name.replace('_', '-')} does not go with --search {options.search}; {other}")
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
     if trained is None and options.score in TRAINING_FREE:
         trained = f"--score {options.score}"
@@ -196,6 +208,11 @@ def make_search(
     """
     if options.prescreen and options.search != "evolution":
         raise RunError("--prescreen needs --search evolution: it asks whether a candidate may still become a parent")
+    if options.search == "slimming":
+        gain = {"latency": "latency_ms"}.get(options.gain, options.gain)
+        if gain in ("latency_ms", "mes") and "latency_ms" not in space.cost_names:
+            raise RunError(f"--gain {options.gain} needs --latency-table FILE, see `python recipes/latency.py --help`")
+        return Slimming(space, budget, options.seed, gain=gain, step=options.slim_step, together=options.together)
     sizes = {k: getattr(options, k) for k in ("population", "iterations", "mutations", "crossovers")}
     if options.search == "random":
         return RandomSearch(space, budget, options.seed, **sizes)
@@ -238,7 +255,9 @@ def print_plan(options: SearchOptions, run: Run, data: SearchData, search: Searc
     epochs = 0 if options.supernet else options.epochs
     least, most = data.space.cost_range("macs")
     typical = dict(search.budget or ()).get("macs", (least + most) / 2) / most
-    candidates = options.population + (options.iterations - 1) * search.batch
+    candidates, at_most = search.planned, "up to"
+    if isinstance(search, Slimming):  # from the largest network down
+        typical, at_most = (1 + typical) / 2, "about"
     scored = candidates + (options.num_random + 1) + options.num_any_cost
     # a step takes about three forwards
     training = epochs * train * 3 * seconds * networks_per_image(options, data.space)
@@ -246,7 +265,7 @@ def print_plan(options: SearchOptions, run: Run, data: SearchData, search: Searc
     share = run.num_processes
     trained = f"train {epochs} epochs of {train} images ({format_minutes(training / share)}), " if epochs else ""
     run.print(
-        f"plan: {trained}score up to {candidates} candidates and {scored - candidates} networks to compare with on "
+        f"plan: {trained}score {at_most} {candidates} candidates and {scored - candidates} networks to compare with on "
         f"{val} images, test {options.num_random + 2} on {test} ({format_minutes(scoring / share)}); about "
         f"{format_minutes((training + scoring) / share)} in all, by the speed of the largest network"
     )
@@ -296,23 +315,24 @@ def run_search(options: SearchOptions, search: Search, evaluator: Evaluator, run
     Returns:
         Why the search ended early, or None.
     """
-    pareto = isinstance(search, ParetoSearch)
-    run.print(
-        f"\n{'generation':>10} {'candidates':>10} {'best':>7} {'hypervolume' if pareto else 'mean of parents':>15} "
-        f"{'MACs':>8} {'seconds':>7} {'ends in':>7}"
-    )
+    pareto, slimming = isinstance(search, ParetoSearch), isinstance(search, Slimming)
+    unit, shown = ("step", "reached") if slimming else ("generation", "best")
+    middle = "hypervolume" if pareto else "share of largest" if slimming else "mean of parents"
+    run.print(f"\n{unit:>10} {'candidates':>10} {shown:>7} {middle:>15} {'MACs':>8} {'seconds':>7} {'ends in':>7}")
     each = 0.0  # seconds per candidate, of the last generation
     while not search.done:
         batch = search.ask()
         late = [search.generation > 0 and clock.over(extra=each * len(batch))]
         if any(late if evaluator.world == 1 else evaluator.gather(late)):  # clocks differ, the answer must not
-            done = f"{search.generation} of {search.generations} generations"
+            done = (
+                f"{search.generation} steps" if slimming else f"{search.generation} of {search.generations} generations"
+            )
             return f"--max-minutes {options.max_minutes:g}: ended after {done}"
         begin = clock.seconds()
         at_least = None
         if options.prescreen and len(search.history) >= options.parents:
             at_least = sorted(r["score"] for r in search.history)[-options.parents]
-        with Progress(-(-len(batch) // evaluator.world), f"generation {search.generation + 1}", run.is_main) as bar:
+        with Progress(-(-len(batch) // evaluator.world), f"{unit} {search.generation + 1}", run.is_main) as bar:
             scores = evaluator.score(batch, report=bar, at_least=at_least)
         search.tell(zip(batch, scores, strict=True))
         spent = clock.seconds() - begin
@@ -328,14 +348,18 @@ def run_search(options: SearchOptions, search: Search, evaluator: Evaluator, run
                 record["prescreened"], record["at_least"] = scored["prescreened"], at_least
         if run.is_main:
             write_jsonl(run / "history.jsonl", search.history)
-        left = each * (search.generations - search.generation) * search.batch
-        if pareto:
+        left = each * max(0, search.planned - len(search.history))
+        best = search.best
+        if slimming:
+            best, cost = search.chain()[-1], front_cost(search.budget, search.space)
+            middle = best[cost] / search.space.costs(search.space.largest)[cost]
+        elif pareto:
             middle = search.hypervolume()
         else:
             middle = np.mean(sorted((r["score"] for r in search.history), reverse=True)[: options.parents]) / images
         run.print(
-            f"{search.generation:>10} {len(search.history):>10} {search.best['score'] / images:>7.4f} "
-            f"{middle:>15.4f} {format_cost('macs', search.best['macs']):>8} {spent:>7.1f} {format_minutes(left):>7}"
+            f"{search.generation:>10} {len(search.history):>10} {best['score'] / images:>7.4f} "
+            f"{middle:>15.4f} {format_cost('macs', best['macs']):>8} {spent:>7.1f} {format_minutes(left):>7}"
         )
     return None
 
@@ -361,10 +385,8 @@ def choose(search: Search, table: LatencyTable | None, run: Run) -> tuple[dict[s
 
     Where none of the first `FINALISTS` does, the fastest of them.
     """
-    limits = dict(search.budget or ())
-    ranked = sorted((r for r in search.history if "prescreened" not in r), key=rank_key)
-    ranked = [r for r in ranked if all(r[name] <= limit for name, limit in limits.items())]
-    limit = limits.get("latency_ms")
+    ranked = candidates(search)
+    limit = dict(search.budget or ()).get("latency_ms")
     if limit is None:
         return ranked[0], []
     measured: list[dict[str, Any]] = []
@@ -380,6 +402,26 @@ def choose(search: Search, table: LatencyTable | None, run: Run) -> tuple[dict[s
         f"the table is old. The fastest of them is kept as best/"
     )
     return ranked[fastest], measured
+
+
+def candidates(search: Search) -> list[dict[str, Any]]:
+    """Those within the budget, best first; of a slimming that ended above it, the last network of its chain."""
+    limits = dict(search.budget or ())
+    ranked = sorted((r for r in search.history if "prescreened" not in r), key=rank_key)
+    within = [r for r in ranked if all(r[name] <= limit for name, limit in limits.items())]
+    return within or (search.chain()[-1:] if isinstance(search, Slimming) else [])
+
+
+def family(search: Search) -> list[dict[str, Any]]:
+    """What a search has found beside its best network, cheapest first: a front, a chain, or nothing."""
+    if isinstance(search, ParetoSearch):
+        return distinct_points(search.front(), search.objectives[0])
+    return search.chain()[::-1] if isinstance(search, Slimming) else []
+
+
+def comparable(search: Search) -> Budget | None:
+    """The budget of random networks to compare with: of a slimming's result, that of evolution's candidates."""
+    return Budget(**search.budget.limits) if isinstance(search, Slimming) and search.budget else search.budget
 
 
 def front_cost(budget: Budget | None, space: SearchSpace) -> str:
@@ -462,7 +504,7 @@ def finish(
     others = [data.space.largest]
     if options.num_random:
         with contextlib.suppress(BudgetError):  # random draws may miss a budget that the search did meet
-            others += data.space.sample_many(options.num_random, rng, search.budget)
+            others += data.space.sample_many(options.num_random, rng, comparable(search))
     spread = [data.space.smallest, *data.space.sample_many(options.num_any_cost, rng)]
     within = "the budget" if search.budget else "the space"
     run.print(
@@ -502,6 +544,9 @@ def finish(
         points = search.front()
         facts["objectives"] = list(search.objectives)
         facts["hypervolumes"] = search.hypervolumes
+    elif isinstance(search, Slimming):
+        facts["objectives"] = [front_cost(search.budget, data.space)]
+        points = [in_answers(r) for r in family(search)]
     else:
         cost = front_cost(search.budget, data.space)
         facts["objectives"] = [cost]

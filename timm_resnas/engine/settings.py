@@ -228,7 +228,12 @@ class SearchOptions(SupernetOptions):
         "(default: macs=20%, with --model 50%, for pareto none)",
         basic=True,
     )
-    search: str = option("evolution", "how candidates are made", choices=("evolution", "random", "pareto"), basic=True)
+    search: str = option(
+        "evolution",
+        "how candidates are made; slimming: from the largest network down, by the step that loses least for its gain",
+        choices=("evolution", "random", "pareto", "slimming"),
+        basic=True,
+    )
     max_minutes: float | None = option(
         None,
         "end the search in good order after this time, training included (never before generation 1)",
@@ -244,6 +249,19 @@ class SearchOptions(SupernetOptions):
     allow_leak: bool = option(False, "score on images that the supernet was trained on, if need be")
     latency_table: str | None = option(None, "of recipes/latency.py, for latency budgets and fronts", metavar="FILE")
     objectives: str = option("macs", "what --search pareto sets against accuracy: macs,params,memory,latency")
+    gain: str | None = option(
+        None,
+        "what a step of --search slimming gains: a cost, or EfficientFormerV2's score of size and latency (default: "
+        "what the budget names first)",
+        choices=("macs", "params", "memory", "latency", "mes"),
+    )
+    slim_step: float = option(
+        0.02,
+        "least gain of a step of --search slimming, as a share of the largest network; 0: each next smaller choice",
+        metavar="SHARE",
+        range=SHARE,
+    )
+    together: int = option(1, "best steps of --search slimming that are taken at once", metavar="N", range=COUNT)
     population: int | None = option(
         None, "random candidates of generation 1 (paper: 500; default: 100, with --model 60)", metavar="N", range=COUNT
     )

@@ -28,18 +28,28 @@ from ..families.elastic_space import ElasticSpace
 from ..hub import save_pretrained
 from ..nas.cost import Budget
 from ..nas.count import count_macs
-from ..nas.evaluate import SCORES, Evaluator, count_correct, score_unit
-from ..nas.evolution import rank_key
+from ..nas.evaluate import SCORES, Evaluator, count_correct, in_answers, score_unit
+from ..nas.evolution import Search
 from ..nas.knapsack import alone, knapsack, losses, uniform
 from ..nas.latency import LatencyTable, measure_network
-from ..nas.pareto import ParetoSearch
+from ..nas.slimming import Slimming
 from ..nas.supernet import Supernet
 from ..nas.timing import Conditions, measure
 from .baseline import score_baseline
 from .models import class_names_of, open_model
 from .processes import shared_counter
 from .run import Deadline, Run, RunError, format_minutes
-from .search import FINALISTS, distinct_points, fingerprint, make_budget, make_search, run_search
+from .search import (
+    FINALISTS,
+    candidates,
+    comparable,
+    family,
+    fingerprint,
+    front_cost,
+    make_budget,
+    make_search,
+    run_search,
+)
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
 from .shrink_report import report
@@ -78,9 +88,9 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         table.price(space, device=table.conditions.device)
     budget = make_budget(options, space)
     val = _batches(options, data, data.splits.train, accelerator.device, data.val)
-    make_search(options, space, budget, len(data.val))  # its errors, before the work
+    search = make_search(options, space, budget, len(data.val))  # its errors, before the work
     run.begin()
-    _print_plan(options, run, data, model, space, budget)
+    _print_plan(options, run, data, model, space, search)
 
     # 1. the full model, for these classes
     best = fine_tune(
@@ -106,11 +116,13 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     if table is not None:
         table.price(net.space, device=table.conditions.device)
 
-    # 3. the search, from what each layer alone can spare
+    # 3. the search; evolution from what each layer alone can spare
     evaluator = _evaluator(options, accelerator, run, net, val, data)
-    run.print(f"\nscoring {len(alone(net.space))} networks with one layer narrowed, to start from")
-    loss = losses(net.space, evaluator.score(alone(net.space)))
-    start = [a for p in POWERS if budget is not None and (a := knapsack(net.space, loss, budget, p)) is not None]
+    start = []
+    if probes := _probes(options, net.space):
+        run.print(f"\nscoring {len(probes)} networks with one layer narrowed, to start from")
+        loss = losses(net.space, evaluator.score(probes))
+        start = [a for p in POWERS if budget is not None and (a := knapsack(net.space, loss, budget, p)) is not None]
     search = make_search(options, net.space, budget, len(data.val), start)
     unit = len(data.val) * score_unit(options.score)
     ended = run_search(options, search, evaluator, run, clock, unit)
@@ -143,6 +155,8 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         results.update(
             command=shlex.join(["accelerate", "launch", *sys.argv]),
             ended_early=ended,
+            search=options.search,
+            objectives=[front_cost(search.budget, net.space)],
             front=front,
             seconds=round(clock.seconds(), 1),
             resumed=run.resumed,
@@ -209,6 +223,11 @@ def _calibration(options: SearchOptions, data: TrainData, device: torch.device) 
     rng = generator(options.seed, Stream.CALIBRATION)
     chosen = rng.permutation(np.asarray(data.train))[: options.calibration]
     return torch.cat([x for x, _ in _batches(options, data, data.splits.train, device, chosen.tolist())])
+
+
+def _probes(options: SearchOptions, space: ElasticSpace) -> list[Arch]:
+    """Networks to score before the search."""
+    return [] if options.search == "slimming" else alone(space)
 
 
 def _trained_space(space: ElasticSpace) -> ElasticSpace:
@@ -353,8 +372,7 @@ def _choose(
 ) -> dict[str, Any]:
     """The best candidate by the score of its repaired network; under a latency budget, of those that keep it."""
     limits = dict(search.budget or ())
-    ranked = sorted(search.history, key=rank_key)
-    ranked = [r for r in ranked if all(r[name] <= limit for name, limit in limits.items())]
+    ranked = candidates(search)
     found, score = [], SCORES[options.score]
     targets = [net(x) if options.score == "agreement" else y for x, y in val]
     for record in ranked[: FINALISTS if "latency_ms" in limits else REPAIRED]:
@@ -375,9 +393,9 @@ def _choose(
 def _front(
     search: Any, net: ElasticSupernet, run: Run, data: TrainData, facts: Mapping[str, Any], images: torch.Tensor
 ) -> list[dict[str, Any]]:
-    """Folders of a front, repaired, without fine-tuning; none for other searches."""
+    """Folders of a front or a chain, repaired, without fine-tuning; none for other searches."""
     shutil.rmtree(run / "pareto", ignore_errors=True)
-    points = distinct_points(search.front(), search.objectives[0]) if isinstance(search, ParetoSearch) else []
+    points = [in_answers(r) for r in family(search)]
     for k, point in enumerate(points, start=1):
         model = net.extract(Arch.from_record(point), repair=images)
         save_pretrained(
@@ -426,7 +444,7 @@ def _compare(
     randoms = []
     if budget is not None and options.num_random:
         rng = generator(options.seed, Stream.BASELINES)
-        for arch in net.space.sample_many(options.num_random, rng, search.budget):
+        for arch in net.space.sample_many(options.num_random, rng, comparable(search)):
             with torch.inference_mode():
                 net.set_arch(arch)
                 correct, _ = count_correct(net, test)
@@ -455,7 +473,7 @@ def _compare(
 
 
 def _print_plan(
-    options: SearchOptions, run: Run, data: TrainData, model: nn.Module, space: Any, budget: Budget | None
+    options: SearchOptions, run: Run, data: TrainData, model: nn.Module, space: Any, search: Search
 ) -> None:
     """What will be done and about how long each stage takes, by timing the full model."""
     costs = space.costs(space.largest)
@@ -466,10 +484,11 @@ def _print_plan(
         begin = time.perf_counter()
         model(x)
         each = (time.perf_counter() - begin) / len(x)
-    limit = dict(budget or ()).get("macs", 0.6 * costs["macs"]) / costs["macs"]
+    limit = dict(search.budget or ()).get("macs", 0.6 * costs["macs"]) / costs["macs"]
+    slimming = isinstance(search, Slimming)
     train, val, test = len(data.train), len(data.val), len(data.splits.test)
-    candidates = options.population + (options.iterations - 1) * (options.mutations + options.crossovers)
-    probes, calibration = len(alone(space)), min(options.calibration, train)
+    count, at_most = search.planned, "about" if slimming else "up to"
+    probes, calibration = len(_probes(options, space)), min(options.calibration, train)
     stages = {
         f"fine-tune the full model, {options.epochs} epochs of {train} images": options.epochs * train * 3 * each,
         f"train {num_archs(options)} networks at once, {options.elastic_epochs} epochs of {train} images": (
@@ -481,7 +500,7 @@ def _print_plan(
         ),
         f"rank units and prepare repair on {calibration} images": calibration * 4 * each,
         f"score {probes} networks with one layer narrowed on {val} images": probes * val * each,
-        f"search, up to {candidates} candidates": candidates * val * limit * each,
+        f"search, {at_most} {count} candidates": count * val * ((1 + limit) / 2 if slimming else limit) * each,
         f"repair {REPAIRED} finalists": REPAIRED * calibration * 6 * each,
         f"fine-tune the found network, {options.finetune_epochs} epochs of {train + val} images": (
             options.finetune_epochs * (train + val) * (3 * limit + 1) * each
@@ -490,7 +509,8 @@ def _print_plan(
     }
     run.print(
         f"{options.model}: {costs['macs'] / 1e6:,.0f} MMACs, {costs['params']:,} parameters; {options.dataset}: "
-        f"{train} images to train on, {val} to score candidates on, {test} to test; budget {budget or 'none'}\nplan:"
+        f"{train} images to train on, {val} to score candidates on, {test} to test; "
+        f"budget {search.budget or 'none'}\nplan:"
     )
     for text, seconds in stages.items():
         if not seconds:

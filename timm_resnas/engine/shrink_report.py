@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..nas.cost import Budget, format_cost
+from ..nas.evaluate import in_answers
+from ..nas.jsonl import read_jsonl
 from .baseline import describe, verdict
-from .markdown import network, provenance
-from .plots import ACCENT, save
+from .markdown import family, network, provenance
+from .plots import ACCENT, draw_pareto, save
 from .run import RunError, atomic_write, format_minutes, read_json, short_path
 
 __all__ = ["report"]
@@ -32,6 +34,8 @@ def report(folder: Path) -> str:
         text = markdown(results, table)
         draw_accuracy(folder / "shrunk.png", results)
         draw_widths(folder / "widths.png", results)
+        if results.get("search") == "slimming":
+            draw_chain(folder / "pareto.png", results, read_jsonl(folder / "history.jsonl"))
     except (LookupError, TypeError, AttributeError) as e:
         raise RunError(f"{path} is damaged: it is not what a search writes ({type(e).__name__}: {e})") from e
     with atomic_write(folder / "report.md") as fresh:
@@ -100,6 +104,7 @@ def markdown(results: dict[str, Any], table: str) -> str:
             "",
             "![test accuracy against MACs](shrunk.png)",
             "",
+            *chain(results),
             *network(results, "![heads and hidden units of each block](widths.png)"),
             "```python",
             "import timm, timm_resnas",
@@ -113,6 +118,26 @@ def markdown(results: dict[str, Any], table: str) -> str:
             ),
         ]
     )
+
+
+def chain(results: dict[str, Any]) -> list[str]:
+    """The lines on a slimming's chain; none of other searches."""
+    if results.get("search") != "slimming":
+        return []
+    return family(results, results["objectives"], results["images"]["val"], "pareto.png")
+
+
+def draw_chain(path: Path, results: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """The chain of a slimming, and what was rejected on its way."""
+    shown = {
+        **results,
+        "best": in_answers(results["best"]),
+        "largest": results["front"][-1],
+        "spread": [],
+        "random": [],
+        "val_images": results["images"]["val"],
+    }
+    draw_pareto(path, shown, [in_answers(record) for record in history])
 
 
 def draw_accuracy(path: Path, results: dict[str, Any]) -> None:

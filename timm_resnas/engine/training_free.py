@@ -26,11 +26,12 @@ from ..nas.evaluate import FIXED_POINT
 from ..nas.latency import LatencyTable
 from ..nas.pareto import ParetoSearch
 from ..nas.proxies import ProxyEvaluator, proxy_score
+from ..nas.slimming import Slimming
 from ..nas.space import BudgetError
 from ..nas.supernet import Supernet
 from .processes import shared_counter
 from .run import Deadline, Run, format_minutes
-from .search import choose, distinct_points, fingerprint, make_search, print_notes, run_search
+from .search import choose, comparable, family, fingerprint, make_search, print_notes, run_search
 from .seeds import Stream, generator
 from .settings import SearchOptions
 from .supernet import SearchData, create_supernet
@@ -92,8 +93,9 @@ def search_training_free(
     print_notes(run, data, search.budget, None)
     begin = time.perf_counter()
     proxy_score(options.score, net, space.largest, images, labels)
-    each, count = time.perf_counter() - begin, options.population + (options.iterations - 1) * search.batch
-    run.print(f"plan: score up to {count} candidates, at most {format_minutes(each * count / run.num_processes)}")
+    each, count = time.perf_counter() - begin, search.planned
+    at_most = "about" if isinstance(search, Slimming) else "up to"
+    run.print(f"plan: score {at_most} {count} candidates, at most {format_minutes(each * count / run.num_processes)}")
     ended = run_search(options, search, evaluator, run, clock, FIXED_POINT)
     if ended:
         run.print(ended)
@@ -102,7 +104,7 @@ def search_training_free(
     if options.num_random:
         try:
             rng = generator(options.seed, Stream.BASELINES)
-            randoms = space.sample_many(options.num_random, rng, search.budget)
+            randoms = space.sample_many(options.num_random, rng, comparable(search))
         except BudgetError:  # random draws may miss a budget that the search did meet
             run.print("no random networks of the budget were found to compare with")
     evaluator.score([space.largest, *randoms])
@@ -116,9 +118,7 @@ def search_training_free(
     best, measured = choose(search, table, run)
     export(net, best, run / "best", options, data)
     shutil.rmtree(run / "pareto", ignore_errors=True)
-    points = []
-    if isinstance(search, ParetoSearch):
-        points = distinct_points(search.front(), search.objectives[0])
+    points = family(search)
     for k, point in enumerate(points, start=1):
         export(net, point, run / "pareto" / str(k), options, data)
     results = {

@@ -51,9 +51,10 @@ class Search:
     Attributes:
         history: One record per scored network, in ask order, added when its generation is complete. JSON-plain:
             ``model`` and ``args`` (`Arch.record`), ``key``, the space's costs, ``score``, ``generation``, ``origin``
-            ("start", "initial", "mutation", "crossover" or "random").
+            ("start", "initial", "mutation", "crossover", "random"; of a slimming "start", "action", "step").
         archs: The networks of the history, by key.
         generation: Number of the current generation, from 0.
+        population: Networks of the initial generation, at most.
         batch: Networks of a generation after the initial one, at most.
 
     Raises:
@@ -62,6 +63,7 @@ class Search:
     """
 
     kind = ""
+    population = 0
     batch = 0
 
     def __init__(
@@ -93,6 +95,11 @@ class Search:
     def _propose(self) -> Iterable[tuple[Arch, str]]:
         """The next generation: new networks, each with its origin."""
         raise NotImplementedError
+
+    @property
+    def planned(self) -> int:
+        """How many networks will be scored, at most."""
+        return self.population + (self.generations - 1) * self.batch
 
     # -- ask and tell ---------------------------------------------------------------------------------------------
 
