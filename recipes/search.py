@@ -52,7 +52,8 @@ is fine-tuned on the data (`--epochs`, 0: taken as it is), its units are ranked 
 `--calibration` training images, candidates are scored by their agreement with it on images that it was not trained on
 (`--score`), and the best one is fine-tuned with the full model as its teacher (`--finetune-epochs`). The folder then
 holds `full/` and `finetune/` (stages), `supernet/` (units in order of importance), `best/`, report.md, shrunk.png and
-widths.png; a plan with the time of each stage is printed first.
+widths.png; a plan with the time of each stage is printed first. `--keep-ratios 1 0.9 0.7 0.5` also searches how many
+patches go on from a quarter, half and three quarters of the depth (`vit_tokens`): those that the class token sees most.
 
 Errors: an unknown space or dataset, an image size that the total stride does not divide, a budget that the space
 cannot meet, classes with too few images, a supernet of other classes; each is said before anything is trained.

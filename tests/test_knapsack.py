@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace
+from timm_resnas.families.elastic_tokens import TokenSpace
 from timm_resnas.nas.cost import Budget
-from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
+from timm_resnas.nas.knapsack import Losses, alone, knapsack, losses, uniform
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def test_networks_that_are_scored_alone(space):
 def test_losses_between_probes():
     space = ElasticSpace("test_vit", [[[2], list(range(192, -1, -12))]] * 6, img_size=32)
     scores = [0.0, *[-1.0, -2.0, -1.5, -8.0] * 6]
-    loss = losses(space, scores)
+    loss, shared = losses(space, scores)
+    assert shared.tolist() == [0.0]
     assert loss[0].tolist() == [0.0]
     # probes at a quarter, half, three quarters and all of 16 steps; narrower is never better
     assert loss[1][[0, 2, 4, 8, 12, 14, 16]].tolist() == [0.0, 0.5, 1.0, 2.0, 2.0, 4.75, 8.0]
@@ -45,7 +47,7 @@ def test_the_best_of_all(space, share):
     rows = np.array(list(itertools.product(*(range(len(gene.choices)) for gene in space.genes))), np.int8)
     within = rows[space.table("macs").cost(rows) <= budget.limits["macs"]]
     total = [sum(values[i] for values, i in zip(loss, row, strict=True)) for row in within]
-    found = knapsack(space, loss, budget)
+    found = knapsack(space, Losses(loss, np.zeros(1)), budget)
     row = space.encode(found)
     assert not budget.check(space.costs(found))
     assert sum(values[i] for values, i in zip(loss, row, strict=True)) == pytest.approx(min(total))
@@ -55,11 +57,12 @@ def test_room_that_coarse_genes_leave_is_filled(space):
     loss = [np.array([0.0, 0.0, 1.0])[: len(gene.choices)] for gene in space.genes]  # the middle costs nothing
     least, most = space.cost_range("macs")
     budget = Budget(macs=most, lower=0.9)
-    assert not budget.check(space.costs(knapsack(space, loss, budget)))
+    assert not budget.check(space.costs(knapsack(space, Losses(loss, np.zeros(1)), budget)))
 
 
 def test_no_network_within_the_budget(space):
-    assert knapsack(space, [np.zeros(len(g.choices)) for g in space.genes], Budget(macs=1000, lower=0)) is None
+    loss = Losses([np.zeros(len(gene.choices)) for gene in space.genes], np.zeros(1))
+    assert knapsack(space, loss, Budget(macs=1000, lower=0)) is None
     assert uniform(space, Budget(macs=1000)) is None
 
 
@@ -70,3 +73,32 @@ def test_uniform():
     assert set(arch.widths) == {(3, 672)}  # the stem stays, so that less than half of each block is left
     wider = ElasticArch(arch.base, ((3, 768),) * 12)
     assert space.costs(arch)["macs"] <= budget.limits["macs"] < space.costs(wider)["macs"]
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.4])
+def test_the_best_of_all_with_tokens(share):
+    """How many patches go on changes what every layer behind costs, so that it is scored in all combinations."""
+    choices = [[[2], [192]]] * 2 + [[[2, 1], [192, 96, 0]]] * 2 + [[[2], [192]], [[2], [192, 48]]]
+    space = TokenSpace("test_vit", choices, [1, 3], [1.0, 0.6, 0.3], img_size=64, num_classes=7)
+    rng = np.random.default_rng(1)
+
+    tokens = {}  # loss of each combination of both places
+
+    def score(arch):
+        widths = sum(0.01 * (2 - heads) + 0.0001 * (192 - hidden) ** 1.1 for heads, hidden in arch.widths)
+        return -widths - tokens.setdefault(arch.keep_ratios, 0.3 * rng.random() if min(arch.keep_ratios) < 1 else 0.0)
+
+    archs = alone(space)
+    assert archs[0] == space.largest and len({a.key() for a in archs}) == len(archs) == 1 + 2 * 3 + 1 + 5
+    loss = losses(space, [score(arch) for arch in archs])
+    assert len(tokens) == 6 and loss.shared.tolist() == pytest.approx(list(tokens.values()))
+    least, most = space.cost_range("macs")
+    budget = Budget(macs=least + share * (most - least), lower=0)
+    rows = np.array(list(itertools.product(*(range(len(gene.choices)) for gene in space.genes))), np.int8)
+    rows = np.unique(space.normalise(rows), axis=0)
+    within = space.decode(rows[space.table("macs").cost(rows) <= budget.limits["macs"]])
+    found = knapsack(space, loss, budget)
+    assert not budget.check(space.costs(found))
+    assert score(found) == pytest.approx(max(map(score, within)))
+    even = uniform(space, budget)
+    assert even is None or even.keep_ratios == (1.0, 1.0)

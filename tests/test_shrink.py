@@ -17,6 +17,7 @@ from recipes import search as recipe
 from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits
 from timm_resnas.engine import shrink
+from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import read_jsonl
 
 QUICK = [
@@ -178,9 +179,31 @@ def test_narrower_networks_trained_at_once_and_killed(runs, tmp_path):
     assert results_of(whole)["epochs"] == {"full": 0, "elastic": 2, "finetune": 0}
 
 
+def test_tokens_are_searched_as_well(base, runs, tmp_path):
+    """At an image size of 16 patches; killed while candidates are scored, and with sub-networks trained at once."""
+    given = ["--epochs", "0", "--finetune-epochs", "1", "--img-size", "64", "--elastic-epochs", "1"]
+    given += ["--keep-ratios", "1", "0.75", "0.5", "--budget", "macs=45%"]
+    folder = tmp_path / "run"
+    pid = runs.start(folder, *given)
+    scores = folder / "state" / "scores-0.jsonl"
+    wait_until(lambda: scores.exists() and scores.read_bytes().count(b"\n") >= 9, pid, f"{folder}.log")
+    runs.kill(pid)
+    runs.run(folder, *given)
+    results, history = results_of(folder), history_of(folder)
+    assert results["space_dict"]["keep_ratios"] == [1.0, 0.75, 0.5] and results["space_dict"]["blocks"] == [1, 3, 4]
+    assert all(r["model"] == "vit_tokens" and r["macs"] <= results["budget"]["macs"] for r in history)
+    assert len({tuple(r["args"]["keep_ratios"]) for r in history}) > 2
+    arch = Arch.from_record(results["best"]).canonical()
+    best = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+    assert json.loads((folder / "best" / "config.json").read_text())["architecture"] == arch.model
+    assert count_macs(best, (3, 64, 64)) == results["best"]["macs"] == results["networks"]["found, fine-tuned"]["macs"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--keep-ratios", "1", "0.5"], "--keep-ratios is for --model"),
+        (["--model", "{base}/best", "--keep-ratios", "0.9", "0.5"], "keep_ratios must fall from 1"),
         (["--model", "{base}/best", "--elastic-epochs", "1", "--num-archs", "1"], "--num-archs 1 is too few"),
         (["--elastic-epochs", "1"], "--elastic-epochs is for --model"),
         (["--model", "{base}/convnet"], "ConvNeXt has no blocks of attention and MLP"),

@@ -185,6 +185,11 @@ class Arch(ABC):
             ArchError: Naming the part that is malformed and what was expected there.
         """
 
+    @classmethod
+    def describes(cls, args: Mapping[str, Any]) -> bool:
+        """Whether a model of the entry point with these arguments is one of the family's networks."""
+        return True
+
     @abstractmethod
     def layers(self, **model_args: Any) -> tuple[Layer, ...]:
         """What the network consists of, in the order of its forward; absent parts are absent.
@@ -247,7 +252,7 @@ class Arch(ABC):
             ArchError: The arguments are malformed.
         """
         kind = Arch._types.get(model)
-        return None if kind is None else kind.from_args(args)
+        return kind.from_args(args) if kind is not None and kind.describes(args) else None
 
     def create(self, pretrained: bool = False, **model_args: Any) -> nn.Module:
         """The network: ``timm.create_model(self.model, **self.args(), **model_args)``."""

@@ -100,6 +100,8 @@ def check_options(options: SearchOptions) -> None:
         return
     if options.elastic_epochs:
         raise RunError("--elastic-epochs is for --model; a supernet from scratch is trained for --epochs")
+    if options.keep_ratios:
+        raise RunError("--keep-ratios is for --model: patches that matter little are told by trained attention")
     if options.score in TRAINING_FREE:
         if options.supernet is not None or options.prescreen:
             other = "--prescreen" if options.prescreen else "--supernet: it needs no trained weights"

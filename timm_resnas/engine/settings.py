@@ -199,6 +199,15 @@ class SearchOptions(SupernetOptions):
         metavar="N",
         range=NOT_NEGATIVE,
     )
+    keep_ratios: list[float] = option(
+        [],
+        "with --model: shares of the patches that may go on from a quarter, half and three quarters of the depth, such "
+        "as 1 0.9 0.7 0.5; tokens are then searched with heads and hidden units (default: all stay)",
+        metavar="R",
+        nargs="*",
+        range="(0, 1]",
+        basic=True,
+    )
     calibration: int = option(
         512, "training images by which a model's units are ranked and its layers repaired", metavar="N", range=COUNT
     )

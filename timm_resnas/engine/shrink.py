@@ -25,6 +25,7 @@ from ..arch import Arch
 from ..data import EvalBatches, eval_batches, eval_transform
 from ..families.elastic import ElasticSupernet, elastic
 from ..families.elastic_space import ElasticSpace
+from ..families.elastic_tokens import with_tokens
 from ..hub import save_pretrained
 from ..nas.cost import Budget
 from ..nas.count import count_macs
@@ -33,6 +34,7 @@ from ..nas.evolution import Search
 from ..nas.knapsack import alone, knapsack, losses, uniform
 from ..nas.latency import LatencyTable, measure_network
 from ..nas.slimming import Slimming
+from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.timing import Conditions, measure
 from .baseline import score_baseline
@@ -82,7 +84,7 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     """
     run = Run(options, accelerator, name)
     model, data, fits = _prepare(options, run)
-    space, table = elastic(model).space, None
+    space, table = _supernet(options, model).space, None
     if options.latency_table is not None:
         table = LatencyTable.load(options.latency_table)
         table.price(space, device=table.conditions.device)
@@ -100,7 +102,7 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
 
     # 2. heads and hidden units in order of importance, layers repaired for any number of them
     images = _calibration(options, data, accelerator.device)
-    net = elastic(full).eval()
+    net = _supernet(options, full).eval()
     if options.elastic_epochs:
         net = _train_elastic(options, accelerator, run.part("elastic"), net, data, images).eval()
     net.calibrate(images.split(64))
@@ -230,10 +232,15 @@ def _probes(options: SearchOptions, space: ElasticSpace) -> list[Arch]:
     return [] if options.search == "slimming" else alone(space)
 
 
+def _supernet(options: SearchOptions, model: nn.Module) -> ElasticSupernet:
+    net = elastic(model)
+    return with_tokens(net, options.keep_ratios) if options.keep_ratios else net
+
+
 def _trained_space(space: ElasticSpace) -> ElasticSpace:
     """The networks that --elastic-epochs trains: none of a tiny part of the full one."""
     choices = [[[n for n in gene if n * LEAST_TRAINED >= gene[0]] for gene in pair] for pair in space.choices]
-    return ElasticSpace(space.base, choices, **space.model_args)
+    return SearchSpace.from_dict({**space.to_dict(), "choices": choices})
 
 
 def _train_elastic(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
-__all__ = ["ElasticSupernet", "elastic", "repair_narrower"]
+__all__ = ["REPAIR_ROWS", "ElasticSupernet", "build_supernet", "elastic", "repair_narrower", "supernet_over"]
 
 REPAIR_ROWS = 64  # images at a time in a branch that is repaired
 
@@ -70,12 +70,17 @@ class ElasticLayer(nn.Module):
     def _at(self, keep: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if keep == 0:
             return torch.zeros_like(x[:, :1] if isinstance(self, ClassAttn) else x)
-        with self._narrowed(keep):
+        with self.narrowed(keep):
             return super().forward(x, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _narrowed(self, keep: int, reader: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-        """Attributes of the instance hide parameters and widths with those of the first units."""
+    def narrowed(self, keep: int, reader: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+        """Attributes of the instance hide parameters and widths with those of the first units.
+
+        Args:
+            keep: Number of units.
+            reader: Weights of `last` by name in the network; None: those of `reader`, while no gradients are asked for.
+        """
         if keep == self.branch.units.count:
             yield
             return
@@ -137,6 +142,13 @@ class ElasticLayer(nn.Module):
         """Outputs of the repaired layer on all calibration images; the repair goes into `repairing`."""
         if keep in (0, self.branch.units.count):
             return self._at(keep, x, *args, **kwargs)
+        with self.narrowed(keep, self.repair(x, keep, *args, **kwargs)):
+            return torch.cat([super(ElasticLayer, self).forward(p, *args, **kwargs) for p in x.split(REPAIR_ROWS)])
+
+    def repair(self, x: torch.Tensor, keep: int, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Weights of `last` that are repaired on all calibration images, by name; they go into `repairing`, too."""
+        if keep in (0, self.branch.units.count):
+            return {}
         moments, last = Moments(), self.last
         seen: list[torch.Tensor] = []
         handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -146,7 +158,7 @@ class ElasticLayer(nn.Module):
             for part in x.split(REPAIR_ROWS):
                 whole = super().forward(part, *args, **kwargs)
                 seen.clear()
-                with self._narrowed(keep, as_it_is):
+                with self.narrowed(keep, as_it_is):
                     missing = whole - super().forward(part, *args, **kwargs)
                 moments.add(seen.pop(), missing)
         finally:
@@ -154,8 +166,7 @@ class ElasticLayer(nn.Module):
         more, shift = correction(moments, last.bias is not None)
         fixed = self._named(weight.double() + more, None if shift is None else last.bias.double() + shift)
         self.repairing.update(fixed)
-        with self._narrowed(keep, fixed):
-            return torch.cat([super(ElasticLayer, self).forward(p, *args, **kwargs) for p in x.split(REPAIR_ROWS)])
+        return fixed
 
 
 @cache
@@ -175,6 +186,19 @@ class ElasticSupernet(Supernet):
             layer = self.get_submodule(branch.units.name)
             layer.__class__ = _front(ElasticLayer, prunable_class(layer))
             layer.branch, layer.in_force, layer.reader, layer.repairing = branch, None, None, None
+
+    @contextlib.contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """See `Supernet.as_saved`: without the repair of `calibrate`."""
+        layers = self.elastic_layers()
+        readers = [layer.reader for layer in layers]
+        try:
+            for layer in layers:
+                layer.reader = None
+            yield
+        finally:
+            for layer, reader in zip(layers, readers, strict=True):
+                layer.reader = reader
 
     def ordinary(self) -> nn.Module:
         """See `Supernet.ordinary`."""
@@ -308,11 +332,20 @@ class ElasticSupernet(Supernet):
         return found
 
 
-def _as_supernet(model: nn.Module, space: ElasticSpace) -> ElasticSupernet:
-    model.__class__ = _front(ElasticSupernet, type(model))
+def _as_supernet(model: nn.Module, space: ElasticSpace, kind: type[ElasticSupernet]) -> ElasticSupernet:
+    model.__class__ = _front(kind, type(model))
     model.set_space(space)
     model.set_layers()
     return model
+
+
+def supernet_over(space: ElasticSpace, model: nn.Module) -> ElasticSupernet:
+    """The supernet of a space with the weights, the configuration, the device and the mode of a model."""
+    cfg = {**model.pretrained_cfg, "architecture": space.supernet}
+    net = timm.create_model(space.supernet, space=space.to_dict(), pretrained_cfg=cfg)
+    net.load_state_dict(model.state_dict())
+    param = next(model.parameters())
+    return net.to(param.device, param.dtype).train(model.training)
 
 
 def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
@@ -347,12 +380,7 @@ def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
         arch = ElasticArch.from_args({"base": base, "widths": widths})
         check_pairs(arch)
         space = ElasticSpace(base, _within(space, arch), **json_plain)
-    net = timm.create_model(
-        space.supernet, space=space.to_dict(), pretrained_cfg={**cfg, "architecture": space.supernet}
-    )
-    net.load_state_dict(model.state_dict())
-    param = next(model.parameters())
-    return net.to(param.device, param.dtype).train(model.training)
+    return supernet_over(space, model)
 
 
 @torch.no_grad()
@@ -387,23 +415,45 @@ default_cfgs = generate_default_cfgs({"vit_elastic_supernet": default_cfg("vit_e
 @register_model
 def vit_elastic_supernet(pretrained: bool = False, space: Mapping[str, Any] | None = None, **kwargs) -> ElasticSupernet:
     """Supernet of the narrower forms of a timm vision transformer; ``space`` is the dict of `ElasticSpace.to_dict`."""
+    return build_supernet(ElasticSpace, ElasticSupernet, lambda net, _: net, pretrained, space, **kwargs)
+
+
+def build_supernet(
+    space_type: type[ElasticSpace],
+    kind: type[ElasticSupernet],
+    prepare: Callable[[nn.Module, Any], nn.Module],
+    pretrained: bool,
+    space: Mapping[str, Any] | None,
+    **kwargs: Any,
+) -> Any:
+    """What entry points of elastic supernets do.
+
+    Args:
+        space_type: Of the spaces that it takes.
+        kind: Of the supernet.
+        prepare: From the base and the space to the network that becomes the supernet.
+        pretrained: See timm.
+        space: The dict of `SearchSpace.to_dict`; None: the default one.
+        **kwargs: Of the base and of timm.
+    """
+    name = space_type.supernet
     if isinstance(space, SearchSpace):
         raise ValueError("space must be JSON-plain so that the model can be saved; pass space.to_dict()")
-    opened = ElasticSpace() if space is None else SearchSpace.from_dict(space)
-    if not isinstance(opened, ElasticSpace):
-        raise ValueError(f"the space of vit_elastic_supernet is an elastic one, got one of {opened.family!r}")
+    opened = space_type() if space is None else SearchSpace.from_dict(space)
+    if type(opened) is not space_type:
+        raise ValueError(f"the space of {name} is of the family {space_type.family!r}, got one of {opened.family!r}")
     args = {k: kwargs.pop(k, v) for k, v in opened.model_args.items()}
     if kwargs.get("pretrained_cfg") is None:
-        kwargs["pretrained_cfg"] = base_cfg(opened.base, "vit_elastic_supernet")
+        kwargs["pretrained_cfg"] = base_cfg(opened.base, name)
 
     def build(**given: Any) -> ElasticSupernet:
         whole = opened.largest.widths == opened.structure.widths
-        model = create_base(opened.base, None if whole else opened.largest.widths, **given)
-        return _as_supernet(model, opened.at(**{k: v for k, v in given.items() if k in args}))
+        model = prepare(create_base(opened.base, None if whole else opened.largest.widths, **given), opened)
+        return _as_supernet(model, opened.at(**{k: v for k, v in given.items() if k in args}), kind)
 
     return build_model_with_cfg(
         build,
-        "vit_elastic_supernet",
+        name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=3, feature_cls="getter"),

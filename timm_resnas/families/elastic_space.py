@@ -23,7 +23,16 @@ from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, create_base
 from ..nas.count import count_modules
 from ..nas.space import Gene, Position, SearchSpace
 
-__all__ = ["OF_TRAINING", "ElasticArch", "ElasticSpace", "check_pairs", "check_widths", "hidden_choices"]
+__all__ = [
+    "OF_TRAINING",
+    "BlockBranch",
+    "ElasticArch",
+    "ElasticSpace",
+    "check_pairs",
+    "check_widths",
+    "hidden_choices",
+    "structure_of",
+]
 
 HIDDEN_STEPS = 16  # choices of hidden units in a block
 HIDDEN_MULTIPLE = 8  # kernels are slow at odd widths
@@ -35,7 +44,7 @@ Widths = tuple[tuple[int, ...], ...]  # (heads, hidden units) of each block, or 
 
 
 @dataclass(frozen=True)
-class _Branch:
+class BlockBranch:
     """Attention or MLP of a block of a base, and its cost for any number of units."""
 
     kind: str
@@ -79,10 +88,11 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Structure:
-    """A base at some model arguments: its branches, and the layers that stay."""
+    """A base at some model arguments: its branches, and the layers that stay; how many tokens are no patches."""
 
+    prefix: int
     stem: Layer
-    pairs: tuple[tuple[_Branch, _Branch], ...]
+    pairs: tuple[tuple[BlockBranch, BlockBranch], ...]
     between: tuple[tuple[int, Layer], ...]  # layers without branches, and how many blocks stand before each
     head: Layer
 
@@ -103,7 +113,7 @@ class _Structure:
 OF_TRAINING = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
-def _structure(base: str, model_args: Mapping[str, Any]) -> _Structure:
+def structure_of(base: str, model_args: Mapping[str, Any]) -> _Structure:
     """Counted on the meta device: no weights are made.
 
     Raises:
@@ -135,7 +145,7 @@ def _counted(base: str, model_args: str) -> _Structure:
     tokens = _token_shapes(full, [b for pair in pairs for b in pair], size)
     params = {name: p.numel() for name, p in full.named_parameters()}
 
-    def branch(b: Branch) -> _Branch:
+    def branch(b: Branch) -> BlockBranch:
         count, name = b.units.count, b.units.name
         each = 0
         if count > 1 and not b.whole:
@@ -146,7 +156,7 @@ def _counted(base: str, model_args: str) -> _Structure:
         if b.whole:
             unit = 0
         runs = 3 if b.kind == "attention" else max(1, sum(_makes(full, b)) // (count * b.width))
-        return _Branch(
+        return BlockBranch(
             b.kind, *tokens[name], count, b.width, b.whole, b.entries, runs,
             (counts[name] - count * each, each), (own - count * unit, unit),
         )  # fmt: skip
@@ -167,7 +177,7 @@ def _counted(base: str, model_args: str) -> _Structure:
         macs=counts[""] - head_macs - rest_macs, params=sum(params.values()) - head_params - rest, memory=2 * n * dim,
     )  # fmt: skip
     ending = Layer.of("head", dim=dim, num_classes=full.num_classes, macs=head_macs, params=head_params)
-    return _Structure(stem, found, between, ending)
+    return _Structure(getattr(full, "num_prefix_tokens", 0), stem, found, between, ending)
 
 
 def _makes(model: nn.Module, branch: Branch) -> list[int]:
@@ -258,7 +268,7 @@ class ElasticArch(Arch):
         size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
         known = {"img_size": size, "in_chans": in_chans, "num_classes": num_classes, **model_args}
         try:
-            structure = _structure(self.base, known)
+            structure = structure_of(self.base, known)
         except NarrowError as e:
             raise ArchError(str(e)) from None
         check_widths(self, structure.widths)
@@ -326,7 +336,7 @@ class ElasticSpace(SearchSpace):
         }
         size = model_args["img_size"]
         model_args["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
-        self.structure = structure = _structure(base, {**model_args, "img_size": list(model_args["img_size"])})
+        self.structure = structure = structure_of(base, {**model_args, "img_size": list(model_args["img_size"])})
         self.base = base
         if choices is None:
             choices = [
@@ -335,22 +345,23 @@ class ElasticSpace(SearchSpace):
             ]
         self.choices = tuple((tuple(heads), tuple(hidden)) for heads, hidden in choices)
         _check_choices(self.choices, structure)
-        genes = [
-            Gene(name, options, stage=i)
-            for i, pair in enumerate(self.choices)
-            for name, options in zip(("num_heads", "mlp_hidden"), pair, strict=True)
-        ]
-        super().__init__(genes, list(self._places()), model_args)
+        super().__init__(list(self._genes()), list(self._places()), model_args)
+
+    def _genes(self) -> Iterator[Gene]:
+        for i, pair in enumerate(self.choices):
+            for name, options in zip(("num_heads", "mlp_hidden"), pair, strict=True):
+                yield Gene(name, options, stage=i)
 
     def _places(self) -> Iterator[Position]:
         def fixed(layer: Layer) -> Position:
             return Position((), lambda: layer)
 
         for part in self.structure.order():
-            if isinstance(part, Layer):
-                yield fixed(part)
-            else:
-                yield Position((2 * part[0] + part[1],), self.structure.pairs[part[0]][part[1]].layer)
+            yield fixed(part) if isinstance(part, Layer) else self._place(*part)
+
+    def _place(self, block: int, which: int) -> Position:
+        """Attention (0) or MLP (1) of a block."""
+        return Position((2 * block + which,), self.structure.pairs[block][which].layer)
 
     def choices_dict(self) -> dict[str, Any]:
         """See `SearchSpace.choices_dict`."""
@@ -368,12 +379,14 @@ class ElasticSpace(SearchSpace):
 
     def decode(self, rows: np.ndarray) -> list[ElasticArch]:
         """See `SearchSpace.decode`."""
-        options = [gene.choices for gene in self.genes]
-        archs = []
-        for row in rows.tolist():
+        return [ElasticArch(self.base, widths) for widths in self.widths_of(rows)]
+
+    def widths_of(self, rows: np.ndarray) -> Iterator[Widths]:
+        """Heads and hidden units of each row."""
+        options = [choices for pair in self.choices for choices in pair]
+        for row in rows[:, : len(options)].tolist():
             values = [choice[i] for choice, i in zip(options, row, strict=True)]
-            archs.append(ElasticArch(self.base, tuple(zip(values[::2], values[1::2], strict=True))))
-        return archs
+            yield tuple(zip(values[::2], values[1::2], strict=True))
 
     def encode(self, arch: ElasticArch) -> np.ndarray:
         """See `SearchSpace.encode`."""
@@ -381,14 +394,15 @@ class ElasticSpace(SearchSpace):
             raise ValueError(f"the network is a {arch.base}, those of the space are {self.base}")
         check_pairs(arch)
         values = [n for pair in arch.widths for n in pair]
-        if len(values) != len(self.genes):
-            raise ValueError(f"networks of the space have {len(self.genes) // 2} blocks, this one {len(arch.widths)}")
-        for i, (gene, value) in enumerate(zip(self.genes, values, strict=True)):
+        genes = self.genes[: 2 * len(self.choices)]
+        if len(values) != len(genes):
+            raise ValueError(f"networks of the space have {len(self.choices)} blocks, this one {len(arch.widths)}")
+        for i, (gene, value) in enumerate(zip(genes, values, strict=True)):
             if value not in gene.choices:
                 raise ValueError(
                     f"block {i // 2}: {gene.name} {value} is not one of {', '.join(map(str, gene.choices))}"
                 )
-        return np.array([gene.choices.index(v) for gene, v in zip(self.genes, values, strict=True)], np.int8)
+        return np.array([gene.choices.index(v) for gene, v in zip(genes, values, strict=True)], np.int8)
 
 
 def check_pairs(arch: ElasticArch) -> None:

@@ -261,9 +261,10 @@ def outputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
                 active = model.active
                 outputs = {}
                 try:
-                    for name, arch in (("logits", None), ("logits_smallest", model.space.smallest)):
-                        model.set_arch(arch)
-                        outputs[name] = model(x)
+                    with model.as_saved():
+                        for name, arch in (("logits", None), ("logits_smallest", model.space.smallest)):
+                            model.set_arch(arch)
+                            outputs[name] = model(x)
                 finally:
                     model.set_arch(active)
     finally:

@@ -13,6 +13,7 @@ __all__ = [
     "Predictor",
     "at_most",
     "keep_best",
+    "kept_of",
     "masked_attention",
     "masked_block",
     "merge_heads",
@@ -122,6 +123,11 @@ def masked_block(block: Block, x: torch.Tensor, policy: torch.Tensor) -> torch.T
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+def kept_of(total: int, ratio: float) -> int:
+    """Number of tokens that are left of as many, as DynamicViT's released code rounds."""
+    return max(1, int(total * ratio))
+
+
 @torch.fx.wrap
 @register_notrace_function
 def keep_best(
@@ -140,7 +146,7 @@ def keep_best(
         total: Number of patch tokens that the image had at first.
         ratio: Share of these to keep.
     """
-    count = max(1, min(int(total * ratio), score.shape[1]))
+    count = min(kept_of(total, ratio), score.shape[1])
     prefix = x.shape[1] - score.shape[1]
     index = score.topk(count, dim=1)[1].sort(dim=1)[0]
     patches = x[:, prefix:].gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -29,6 +29,7 @@ from .token_layers import (
     Predictor,
     at_most,
     keep_best,
+    kept_of,
     masked_block,
     merge_heads,
     project,
@@ -239,6 +240,17 @@ def _depths(name: str, values: Any, depth: int) -> list[int]:
     return given
 
 
+def _ratios(values: Any, count: int, places: str) -> list[float]:
+    ratios = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+    numbers = all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r <= 1 for r in ratios)
+    if not numbers or len(ratios) != count or ratios != sorted(ratios, reverse=True):
+        raise TokenError(
+            f"keep_ratios must be shares of the patches in (0, 1], one for each of the {count} {places}, none higher "
+            f"than the one before; got {values!r:.60}"
+        )
+    return [float(r) for r in ratios]
+
+
 def _check_blocks(model: nn.Module, numbers: Sequence[int], what: str, attention: Sequence[type]) -> None:
     """Blocks whose attention a method computes itself."""
     for i in numbers:
@@ -301,16 +313,10 @@ class DynamicViT(TokenReduction):
         self.locations = _depths("locations", locations, depth)
         if isinstance(keep_ratios, int | float) and not isinstance(keep_ratios, bool):
             keep_ratios = [float(keep_ratios) ** (s + 1) for s in range(len(self.locations))]
-        ratios = list(keep_ratios) if isinstance(keep_ratios, Sequence) and not isinstance(keep_ratios, str) else []
-        numbers = all(isinstance(r, int | float) and not isinstance(r, bool) and 0 < r <= 1 for r in ratios)
-        if not numbers or len(ratios) != len(self.locations) or ratios != sorted(ratios, reverse=True):
-            raise TokenError(
-                f"keep_ratios must be shares of the patches in (0, 1], one for each of the {len(self.locations)} "
-                f"locations, none higher than the one before; got {keep_ratios!r:.60}"
-            )
+        ratios = _ratios(keep_ratios, len(self.locations), "locations")
         _check_blocks(self, range(self.locations[0], depth), self.method, (Attention, Absent))
         _check_pool(self, self.method)
-        self.keep_ratios = [float(r) for r in ratios]
+        self.keep_ratios = ratios
         dd = get_device_dtype(self)
         self.score_predictor = nn.ModuleList([Predictor(self.embed_dim, **dd) for _ in ratios])
         self.masked_training = False
@@ -398,17 +404,27 @@ class AdaptiveTokenSampling(TokenReduction):
     It has no parameters and needs no training. As its shapes depend on the image, it is neither scripted, traced nor
     exported, and its multiply-accumulates counted without data (`timm_resnas.nas.count`) are the most that
     ``max_tokens`` allows.
+
+    With ``keep_ratios`` nothing is sampled: the highest-scored tokens stay, a fixed number of them, as in DynamicViT.
+    Such a network is traced, exported and counted as any other.
     """
 
     method = "ats"
+    keep_ratios: list[float] | None
 
-    def set_up(self, blocks: Sequence[int] | None = None, max_tokens: int | float | None = None) -> None:
+    def set_up(
+        self,
+        blocks: Sequence[int] | None = None,
+        max_tokens: int | float | None = None,
+        keep_ratios: Sequence[float] | None = None,
+    ) -> None:
         """Choose the blocks that sample.
 
         Args:
             blocks: Their numbers. Default: all after a quarter, of those with attention.
             max_tokens: The most patch tokens that leave such a block: a number, or a share of those that enter it (1.0
                 is all; 8 are left at least). The highest-scored picks stay.
+            keep_ratios: Instead of sampling, the share of the first number of patches that leaves each of the blocks.
 
         Raises:
             TokenError: Options or blocks that do not fit, or no class token.
@@ -424,17 +440,23 @@ class AdaptiveTokenSampling(TokenReduction):
         number = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 1
         if max_tokens is not None and not share and not number:
             raise TokenError(f"max_tokens must be a whole number from 1, or a share in (0, 1], got {max_tokens!r:.40}")
+        if keep_ratios is not None:
+            if max_tokens is not None:
+                raise TokenError("max_tokens limits what is sampled; with keep_ratios nothing is, so give one of them")
+            keep_ratios = _ratios(keep_ratios, len(self.sampling), "blocks")
         _check_blocks(self, self.sampling, self.method, (Attention,))
         _check_pool(self, self.method)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.keep_ratios = max_tokens, keep_ratios
 
     def options(self) -> dict[str, Any]:
         """See `set_up`."""
+        if self.keep_ratios is not None:
+            return {"blocks": list(self.sampling), "keep_ratios": list(self.keep_ratios)}
         return {"blocks": list(self.sampling), "max_tokens": self.max_tokens}
 
     def has_gaps(self) -> bool:
         """Where images of a batch keep different numbers."""
-        return True
+        return self.keep_ratios is None
 
     def limit(self, counts: torch.Tensor) -> torch.Tensor:
         """The most tokens that stay of as many."""
@@ -448,20 +470,43 @@ class AdaptiveTokenSampling(TokenReduction):
         """Block i; sampling ones return the picked tokens of each image, padded to the batch's highest number."""
         prefix, block = self.num_prefix_tokens, self.blocks[i]
         mask = None if weight is None else F.pad(weight, (prefix, 0), value=True)[:, None, None, :]
-        if i not in self.sampling:
+        samples, most = i in self.sampling, None
+        if samples and self.keep_ratios is not None:
+            most = kept_of(total, self.keep_ratios[self.sampling.index(i)])
+            samples = most < x.shape[1] - prefix
+        if not samples:
             return self.checkpointed(block, x, attn_mask=mask), kept, weight
-        x, index, weight = self.checkpointed(self.sampled, block, x, weight, mask, total)
+        x, index, weight = self.checkpointed(self.sampled, block, x, weight, mask, total, most)
         return x, index if kept is None else kept.gather(1, index), weight
 
     def sampled(
-        self, block: Block, x: torch.Tensor, weight: torch.Tensor | None, mask: torch.Tensor | None, total: int
+        self,
+        block: Block,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        total: int,
+        most: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """timm's Block for some of its tokens as queries, with all as keys and values."""
+        """timm's Block for some of its tokens."""
+        x, index, weight = self.attend(block, x, weight, mask, total, most)
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), index, weight
+
+    def attend(
+        self,
+        block: Block,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        total: int,
+        most: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Its attention, for some of the tokens as queries, with all as keys and values."""
         attn, prefix = block.attn, self.num_prefix_tokens
         normed = block.norm1(x)
         q, k, v = project(attn, normed)
-        index, weight = self.pick(attn, q, k, v, weight, total)
-        rows = torch.cat([torch.arange(prefix, device=x.device).expand(len(x), -1), index + prefix], dim=1)
+        index, weight = self.pick(attn, q, k, v, weight, total, most)
+        rows = torch.cat([torch.arange(prefix, device=x.device).expand(x.shape[0], -1), index + prefix], dim=1)
 
         def take(tokens: torch.Tensor) -> torch.Tensor:
             return tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -474,8 +519,7 @@ class AdaptiveTokenSampling(TokenReduction):
             scores = (q * attn.scale) @ k.transpose(-2, -1)
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             y = attn.attn_drop(scores.softmax(dim=-1)) @ v
-        x = take(x) + block.drop_path1(block.ls1(merge_heads(attn, y, take(normed))))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), index, weight
+        return take(x) + block.drop_path1(block.ls1(merge_heads(attn, y, take(normed)))), index, weight
 
     @torch.no_grad()
     def pick(
@@ -486,11 +530,17 @@ class AdaptiveTokenSampling(TokenReduction):
         v: torch.Tensor,
         weight: torch.Tensor | None,
         total: int,
+        most: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which patches go on, in their order, [B, n], and which of these slots are used, [B, n]; None: all."""
-        batch, entering = len(q), k.shape[2] - self.num_prefix_tokens
+        """Which patches go on, in their order, [B, n], and which of these slots are used, [B, n]; None: all.
+
+        ``most`` go on without sampling.
+        """
+        batch, entering = q.shape[0], k.shape[2] - self.num_prefix_tokens
         there = torch.ones(batch, entering, dtype=torch.bool, device=q.device) if weight is None else weight
         score = significance(attn, q[:, :, :1], k, v, there)
+        if most is not None:
+            return score.topk(most, dim=1)[1].sort(dim=1)[0], None
         if q.is_meta:  # shapes only: as many as may be
             most = int(self.limit(torch.tensor(entering)))
             return torch.arange(most, device=q.device).expand(batch, -1), None
@@ -507,6 +557,8 @@ class AdaptiveTokenSampling(TokenReduction):
         """See timm's VisionTransformer."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         self.sampling = [i for i in self.sampling if i < len(self.blocks)]
+        if self.keep_ratios is not None:
+            self.keep_ratios = self.keep_ratios[: len(self.sampling)]
         return taken
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .narrow import narrow
-from .token_reduction import METHODS, TokenError, reduce_in_place
+from .token_reduction import METHODS, TokenError, TokenReduction, reduce_in_place
 from .vit_elastic import DEFAULT_BASE, base_cfg, check_base, default_cfg, filter_of
 
 __all__ = ["reduce_tokens", "vit_tokens"]
@@ -24,7 +25,9 @@ _NEW = ("score_predictor.", "patch_merger.")
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """As the base's; a checkpoint of the base keeps the new layers as they are initialised."""
-    found = filter_of(type(model).__bases__[1])(state_dict, model)
+    parents = type(model).__mro__
+    plain = next(c for c in parents if issubclass(c, VisionTransformer) and not issubclass(c, TokenReduction))
+    found = filter_of(plain)(state_dict, model)
     if any(key.startswith(_NEW) for key in found):
         return found
     return {**found, **{k: v for k, v in model.state_dict().items() if k.startswith(_NEW)}}
@@ -43,7 +46,7 @@ def reduce_tokens(model: nn.Module, method: str = "dynamicvit", **options: Any) 
         method: ``"dynamicvit"``: drops tokens that a trained predictor scores low; ``"ats"``: keeps tokens that matter
             to the class token, without parameters; ``"patchmerger"``: merges all into a few averages, to be trained.
         **options: See `set_up` of `DynamicViT` (``locations, keep_ratios``), `AdaptiveTokenSampling` (``blocks,
-            max_tokens``) and `PatchMerging` (``after_block, num_tokens, scaled``).
+            max_tokens`` or ``keep_ratios``) and `PatchMerging` (``after_block, num_tokens, scaled``).
 
     Raises:
         TokenError: The method or its options do not fit the model; the message names the module.

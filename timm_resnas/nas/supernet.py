@@ -6,10 +6,11 @@ layer and skips absent parts. A family mixes `Supernet` into its network's class
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +175,11 @@ class Supernet(nn.Module, ABC):
         if self.training or torch.is_grad_enabled():
             return self.forward_groups(h, [arch], self.modes[0])
         return self.forward_one(h, arch)
+
+    @contextlib.contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Sub-networks as the weights alone make them, whatever a family adds to these while it scores."""
+        yield
 
     def ordinary(self) -> nn.Module:
         """The full network in its plain class, with this one's own parameters and buffers."""
