@@ -32,6 +32,7 @@ from torch.testing import assert_close
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.families.elastic_space import ElasticSpace
+from timm_resnas.families.elastic_tokens import TokenSpace
 from timm_resnas.nas.supernet import is_supernet
 
 PACKAGE = "timm_resnas"
@@ -105,6 +106,12 @@ FAMILIES = {
         size=32,
         pool="avg",
         small=dict(space=ElasticSpace("deit_tiny_patch16_224", img_size=32, depth=3).to_dict()),
+    ),
+    "families.elastic_tokens": Family(
+        "NLC",
+        size=32,
+        pool="avg",
+        small=dict(space=TokenSpace("deit_tiny_patch16_224", img_size=32, patch_size=8, depth=4).to_dict()),
     ),
     "models.reformer": Family(
         "NCHW",

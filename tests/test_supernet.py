@@ -653,13 +653,15 @@ def test_arch_objects_and_defs_are_both_taken():
         assert torch.equal(net(x, archs=[form]), wanted)
 
 
-@pytest.mark.parametrize("name", ["vit_resnas_supernet", "autoformer_supernet", "vit_elastic_supernet"])
+@pytest.mark.parametrize(
+    "name", ["vit_resnas_supernet", "autoformer_supernet", "vit_elastic_supernet", "vit_tokens_supernet"]
+)
 def test_costs_follow_the_image_size_and_the_classifier(name):
     net = timm.create_model(name).eval()
     height, width = net.space.model_args["img_size"]
     for change in (lambda: net.set_input_size(img_size=(2 * height, width)), lambda: net.reset_classifier(3)):
         change()
-        arch = net.space.smallest if name != "vit_elastic_supernet" else net.space.largest
+        arch = net.space.largest if name == "vit_elastic_supernet" else net.space.smallest
         small = net.extract(arch)
         costs = net.space.costs(arch)
         assert costs["params"] == sum(p.numel() for p in small.parameters())

@@ -406,7 +406,7 @@ class AdaptiveTokenSampling(TokenReduction):
     ``max_tokens`` allows.
 
     With ``keep_ratios`` nothing is sampled: the highest-scored tokens stay, a fixed number of them, as in DynamicViT.
-    Such a network is traced, exported and counted as any other.
+    Such a network is exported and counted as any other.
     """
 
     method = "ats"
@@ -470,14 +470,19 @@ class AdaptiveTokenSampling(TokenReduction):
         """Block i; sampling ones return the picked tokens of each image, padded to the batch's highest number."""
         prefix, block = self.num_prefix_tokens, self.blocks[i]
         mask = None if weight is None else F.pad(weight, (prefix, 0), value=True)[:, None, None, :]
-        samples, most = i in self.sampling, None
-        if samples and self.keep_ratios is not None:
-            most = kept_of(total, self.keep_ratios[self.sampling.index(i)])
-            samples = most < x.shape[1] - prefix
-        if not samples:
+        ratio = self.ratio_after(i)
+        if i not in self.sampling or ratio is not None and ratio == self.ratio_after(i - 1):
             return self.checkpointed(block, x, attn_mask=mask), kept, weight
+        most = None if ratio is None else kept_of(total, ratio)
         x, index, weight = self.checkpointed(self.sampled, block, x, weight, mask, total, most)
         return x, index if kept is None else kept.gather(1, index), weight
+
+    def ratio_after(self, i: int) -> float | None:
+        """Share of the first number of patches that leaves block i; None where it is sampled."""
+        if self.keep_ratios is None:
+            return None
+        passed = [ratio for k, ratio in zip(self.sampling, self.keep_ratios, strict=True) if k <= i]
+        return passed[-1] if passed else 1.0
 
     def sampled(
         self,
