@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm_resnas.engine import search as job
     from timm_resnas.engine.processes import shared_counter, start
     from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name, run_name, short_path
-    from timm_resnas.engine.supernet import prepare, train_supernet
+    from timm_resnas.engine.supernet import prepare, recalibrate, train_supernet
     from timm_resnas.nas.evaluate import Evaluator, score_unit
     from timm_resnas.nas.latency import LatencyTable
 
@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run.print(f"supernet: {options.supernet}, {space.size():.2g} sub-networks")
             net = net.to(accelerator.device)
+            recalibrate(options, net, data, accelerator.device)
         if options.channels_last:
             net = net.to(memory_format=torch.channels_last)
         trained = clock.seconds()

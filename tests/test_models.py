@@ -31,6 +31,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import timm_resnas  # noqa: F401  (registers the models)
+from timm_resnas.families.efficientformer_space import EfficientFormerSpace
+from timm_resnas.families.efficientformerv2_space import EfficientFormerV2Space
 from timm_resnas.families.elastic_space import ElasticSpace
 from timm_resnas.families.elastic_tokens import TokenSpace
 from timm_resnas.nas.supernet import is_supernet
@@ -88,6 +90,29 @@ FAMILIES = {
     ),
     "models.vit_resnas": Family("NLC", size=112, pool="avg", small=narrow),
     "families.autoformer": Family("NLC", size=32, pool="token", small=dict(space="autoformer_micro")),
+    "families.efficientformer_nas": Family(
+        "NLC",
+        size=64,
+        pool="avg",
+        small=dict(
+            space=EfficientFormerSpace(
+                [[24, 16], [32, 24], [32, 24], [48, 32]], (1, 2, 1, 3), num_vit=2, img_size=64, num_classes=10
+            ).to_dict()
+        ),
+        lacks=("fused attention", "another pooling", "dynamic_img_size", "tokens of taps", "classifiers of taps"),
+    ),
+    "families.efficientformerv2_nas": Family(
+        "NCHW",
+        size=64,
+        pool="avg",
+        small=dict(
+            space=EfficientFormerV2Space(
+                *([[24, 16], [24], [32, 24], [40, 32]], (1, 1, 2, 2), [[2, 1]] * 4),
+                **dict(num_vit=(1, 2), img_size=64, num_classes=10),
+            ).to_dict()
+        ),
+        lacks=("fused attention", "another pooling"),
+    ),
     "families.vit_resnas": Family("NLC", size=32, pool="avg", small=dict(space="micro")),
     "models.vit_elastic": Family(
         "NLC",

@@ -14,12 +14,15 @@ from torch import nn
 from timm_resnas.nas.sampling import SandwichSampler
 from timm_resnas.tasks import AlphaDivergence, NasVitTask, SandwichTask, merge_gradients
 
-SUPERNETS = ["vit_resnas_supernet", "plain_vit_supernet", "autoformer_supernet"]
+SUPERNETS = [
+    *("vit_resnas_supernet", "plain_vit_supernet", "autoformer_supernet"),
+    *("efficientformer_supernet", "efficientformerv2_supernet"),
+]
 
 
 def supernet(name, **kwargs):
     torch.manual_seed(0)
-    net = timm.create_model(name, **kwargs).double().train()
+    net = timm.create_model(name, img_size=32, **kwargs).double().train()
     for m in net.modules():  # the batch decides nothing then
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
@@ -225,9 +228,9 @@ def test_nasvit_uses_its_divergence():
     torch.testing.assert_close(first, F.cross_entropy(largest, y, label_smoothing=0.1))
 
 
-@pytest.mark.parametrize("name", ["vit_resnas_supernet", "autoformer_supernet"])
+@pytest.mark.parametrize("name", ["vit_resnas_supernet", "autoformer_supernet", "efficientformerv2_supernet"])
 def test_checkpointing_with_drop_path_is_refused(name):
-    net = timm.create_model(name, drop_path_rate=0.1).train()
+    net = timm.create_model(name, img_size=32, drop_path_rate=0.1).train()
     net.set_grad_checkpointing()
     task = SandwichTask(net, verbose=False)
     x, archs = torch.zeros(2, 3, 32, 32), [net.space.largest, net.space.smallest]

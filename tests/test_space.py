@@ -247,8 +247,9 @@ def test_our_spaces(name, low, high):
 
 def test_unknown_preset():
     autoformer = "autoformer_tiny, autoformer_small, autoformer_base, autoformer_micro"
+    former = "efficientformer, efficientformer_micro, efficientformerv2, efficientformerv2_micro"
     with pytest.raises(
-        ValueError, match=f"'nano'; known: {autoformer}, vit_resnas_tiny, vit_resnas_small, mini, micro"
+        ValueError, match=f"'nano'; known: {autoformer}, {former}, vit_resnas_tiny, vit_resnas_small, mini, micro"
     ):
         SearchSpace.preset("nano")
 

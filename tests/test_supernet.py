@@ -654,7 +654,11 @@ def test_arch_objects_and_defs_are_both_taken():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_resnas_supernet", "autoformer_supernet", "vit_elastic_supernet", "vit_tokens_supernet"]
+    "name",
+    [
+        *("vit_resnas_supernet", "autoformer_supernet", "vit_elastic_supernet", "vit_tokens_supernet"),
+        *("efficientformer_supernet", "efficientformerv2_supernet"),
+    ],
 )
 def test_costs_follow_the_image_size_and_the_classifier(name):
     net = timm.create_model(name).eval()

@@ -198,15 +198,21 @@ def first_moments(runs, folder, processes, *options):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("space", [str(NANO), "autoformer_micro"], ids=["vit_resnas", "autoformer"])
-def test_processes_and_passes_train_alike(runs, tmp_path, space):
+@pytest.mark.parametrize(
+    "space, side",
+    [(str(NANO), "16"), ("autoformer_micro", "16"), ("efficientformerv2_micro", "32")],
+    ids=["vit_resnas", "autoformer", "efficientformerv2"],
+)
+def test_processes_and_passes_train_alike(runs, tmp_path, space, side):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
-    loss, found = first_moments(runs, tmp_path / "processes", 2, "--space", space)
-    other, wanted = first_moments(runs, tmp_path / "passes", 1, "--space", space)
+    options = ["--space", space, "--img-size", side]
+    loss, found = first_moments(runs, tmp_path / "processes", 2, *options)
+    other, wanted = first_moments(runs, tmp_path / "passes", 1, *options)
     assert loss == pytest.approx(other, abs=1e-5)
     assert len(found) == len(wanted) > 80
+    rounding = 1e-6 * max(b.norm() for b in wanted)  # all that a bias in front of a batch norm gets
     for a, b in zip(found, wanted, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()  # 1e-6 is usual
+        assert (a - b).norm() <= 1e-5 * b.norm() + rounding  # 1e-6 is usual
 
 
 def test_all_processes_evaluate_the_weights_that_are_saved(straight_two, monkeypatch):

@@ -176,6 +176,13 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     patch_weight: float = option(1.0, "weight of the tokens' loss in token labelling", metavar="X", range=NOT_NEGATIVE)
     sync_bn: bool = option(True, "batch norm over all processes (CUDA only)")
     eval_every: int = option(3, "how often sub-networks are evaluated", metavar="EPOCHS", range=COUNT, free=True)
+    calibration: int = option(
+        512,
+        "training images on which sub-networks' batch statistics are computed; with --model those by which units are "
+        "ranked and layers repaired",
+        metavar="N",
+        range=COUNT,
+    )
 
 
 @dataclass(frozen=True)
@@ -207,9 +214,6 @@ class SearchOptions(SupernetOptions):
         nargs="*",
         range="(0, 1]",
         basic=True,
-    )
-    calibration: int = option(
-        512, "training images by which a model's units are ranked and its layers repaired", metavar="N", range=COUNT
     )
     score: str | None = option(
         None,

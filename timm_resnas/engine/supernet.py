@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, PartialState
@@ -62,11 +63,13 @@ __all__ = [
     "open_run",
     "open_space",
     "prepare",
+    "recalibrate",
     "seen_images",
     "train_supernet",
     "val_batches",
 ]
 
+RECALIBRATION_BATCH = 64  # images whose statistics are taken at once
 SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
 
 
@@ -206,6 +209,25 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
     )
 
 
+def recalibrate(options: SupernetOptions, net: Supernet, data: SearchData, device: torch.device) -> None:
+    """Give a supernet with batch norm the training images, without augmentation, of its batch statistics."""
+    count = min(options.calibration, len(data.train))
+    count -= count % RECALIBRATION_BATCH if count > RECALIBRATION_BATCH else 0  # equal batches
+    chosen = generator(options.seed, Stream.CALIBRATION).permutation(np.asarray(data.train))[:count]
+
+    def batches() -> Iterator[torch.Tensor]:  # decoded where they are asked for
+        transform = eval_transform(data.config)
+        for images, _ in eval_batches(
+            *(data.splits.train, transform, RECALIBRATION_BATCH),
+            indices=chosen.tolist(),
+            device=device,
+            num_workers=options.workers,
+        ):
+            yield images
+
+    net.recalibrate(batches())
+
+
 class SupernetTraining(Training):
     """Each step trains sub-networks by the step rule of the options; see `train_supernet`."""
 
@@ -240,6 +262,7 @@ class SupernetTraining(Training):
         self.batches = val_batches(data, accelerator.device, options.workers)
         rng = generator(options.seed, Stream.REFERENCES)
         randoms = {f"random {i + 1}": arch for i, arch in enumerate(data.space.sample_many(3, rng))}
+        recalibrate(options, net, data, accelerator.device)
         self.references = {"largest": data.space.largest, "smallest": data.space.smallest, **randoms}
         super().__init__(options, accelerator, run, task, net, loader, make_optimizer(options, net))
 
@@ -332,7 +355,9 @@ def train_supernet(
         if not isinstance(net, Supernet) or net.space != space:
             raise RunError(f"{run / 'supernet'} is not the supernet of this run; remove it, or give this run a --name")
         run.print(f"supernet: trained before, {run / 'supernet'}")
-        return net.to(accelerator.device)
+        net = net.to(accelerator.device)
+        recalibrate(options, net, data, accelerator.device)
+        return net
     training = SupernetTraining(options, accelerator, run, data, net or create_supernet(options, data), sort)
     net = training.model
     run.print(
@@ -342,6 +367,7 @@ def train_supernet(
     )
     training.run_epochs()
     training.share_buffers()
+    recalibrate(options, net, data, accelerator.device)
     if accelerator.is_main_process:
         info = {"space": space.to_dict(), "dataset": options.dataset, "seed": options.seed}
         with full_precision(net):
@@ -396,4 +422,6 @@ def open_run(folder: Path) -> tuple[SupernetOptions, SearchData, Supernet]:
     if config.get("supernet") and config.get("space"):  # a part of the supernet's
         space = open_space(config["space"]).at(**space.model_args)
     config = {**resolve_model_data_config(net), "background": splits.background}
-    return options, SearchData(splits, space, train, val, config), net
+    data = SearchData(splits, space, train, val, config)
+    recalibrate(options, net, data, torch.device("cpu"))
+    return options, data, net

@@ -1,3 +1,10 @@
 """Searchable families: one file each, with the space and the supernet. Importing them registers the supernets."""
 
-from . import autoformer, elastic, elastic_tokens, vit_resnas  # noqa: F401
+from . import (  # noqa: F401
+    autoformer,
+    efficientformer_nas,
+    efficientformerv2_nas,
+    elastic,
+    elastic_tokens,
+    vit_resnas,
+)

@@ -210,7 +210,7 @@ class EfficientFormerNas(Stages, base.EfficientFormer):
     ) -> None:
         counts = tuple(sum(flags) for flags in check_depths(depths))
         num_vit = check_num_vit(num_vit, counts[-1])
-        self_size = check_size(img_size)
+        size = check_size(img_size)
         super().__init__(
             depths=counts,
             embed_dims=check_widths(embed_dims),
@@ -230,8 +230,8 @@ class EfficientFormerNas(Stages, base.EfficientFormer):
         self.img_size = (7 * STRIDE, 7 * STRIDE)
         if not num_vit:
             self.stages[-1].blocks.append(base.Flat())
-        if self_size != self.img_size:
-            self.set_input_size(self_size)
+        if size != self.img_size:
+            EfficientFormerNas.set_input_size(self, size)
 
     def mixers(self) -> list[base.Attention]:
         """Attention of the blocks that attend."""
@@ -287,7 +287,7 @@ def check_ratio(mlp_ratio: Any) -> float:
     """
     if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 0 < mlp_ratio <= 64:
         raise ArchError(f"an MLP ratio must be a number above 0 and up to 64, got {mlp_ratio!r:.40}")
-    return mlp_ratio
+    return float(mlp_ratio)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: EfficientFormerNas) -> dict[str, torch.Tensor]:

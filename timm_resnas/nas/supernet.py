@@ -99,6 +99,15 @@ class Supernet(nn.Module, ABC):
     def units(self) -> tuple[Units, ...]:
         """Heads and hidden units of all layers."""
 
+    def recalibrate(self, batches: Iterable[torch.Tensor]) -> None:
+        """Batch statistics from these images: of the full network now, of a sub-network when it is next evaluated.
+
+        Sub-networks without batch norm have none, and the batches are left alone.
+
+        Args:
+            batches: Images [B, C, H, W] of the training's distribution, batches of one size; some hundred are enough.
+        """
+
     def own_key(self, arch: Any, key: str) -> str:
         """The name here of a weight of the extracted network."""
         return key
