@@ -263,3 +263,12 @@ def test_drop_path_grows_with_depth():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         mini(**kwargs)
+
+
+def test_smaller_images_leave_no_parameter_without_gradient():
+    """At 96 pixels the third stage is one window, which has no others to mix with."""
+    model = timm.create_model("sepvit_lite").train()
+    model(torch.randn(2, 3, 96, 96)).sum().backward()
+    assert not [name for name, param in model.named_parameters() if param.grad is None]
+    unused = [m for m in model.stages[2].blocks if m.win_tokens is not None]
+    assert unused and all(not m.win_tokens.grad.any() and not m.attn.win_qk.weight.grad.any() for m in unused)
