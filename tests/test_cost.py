@@ -16,7 +16,7 @@ import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.arch import ArchError
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.models.vit_resnas import VitResNas
-from timm_resnas.nas.cost import Budget, mobile_efficiency_score
+from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.space import SearchSpace
 
@@ -299,23 +299,3 @@ def test_budget_text():
     assert str(Budget(macs=1.8e9, latency_ms=12)) == "macs 1.755G to 1.8G, latency at most 12 ms"
     assert str(Budget(memory=3e6, lower=0)) == "memory at most 3 MB"
     assert eval(repr(Budget(macs=5, latency_ms=2.5)), {"Budget": Budget}) == Budget(macs=5, latency_ms=2.5)
-
-
-@pytest.mark.parametrize(
-    "params, latency_ms, score",
-    # published sizes and times on an iPhone 12: S0, S1, S2, L, MobileNetV2
-    [(3.5e6, 0.9, 102.9), (6.1e6, 1.1, 63.8), (12.6e6, 1.6, 30.5), (26.1e6, 2.7, 12.6), (3.5e6, 1.0, 92.6)],
-)
-def test_mobile_efficiency_score(params, latency_ms, score):
-    assert round(mobile_efficiency_score(dict(params=params, latency_ms=latency_ms, macs=7)), 1) == score
-
-
-def test_mobile_efficiency_score_of_other_costs():
-    costs = dict(macs=8e6, memory=3)
-    assert mobile_efficiency_score(costs, dict(macs=2e6), dict(macs=0.5, memory=1)) == pytest.approx(50)
-    with pytest.raises(ValueError, match="needs a cost and an exponent for params, latency_ms; costs: macs, memory"):
-        mobile_efficiency_score(costs)
-    with pytest.raises(ValueError, match="cost of params must be a positive number, got 0"):
-        mobile_efficiency_score(dict(params=0, latency_ms=1.0))
-    with pytest.raises(ValueError, match="unit of macs must be a positive number, got nan"):
-        mobile_efficiency_score(costs, dict(macs=float("nan")), dict(macs=1))

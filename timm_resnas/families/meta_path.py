@@ -1,8 +1,8 @@
 """EfficientFormer's supernet as its paper trains it: every block a mixture of its paths, which train with its weights.
 
 Paper: "EfficientFormer: Vision Transformers at MobileNet Speed" - https://arxiv.org/abs/2206.01191. The authors did not
-release it. Their formula has uniform noise where the Gumbel-softmax has Gumbel noise; both are here, and the printed one
-is the default. No schedule of the temperature is printed.
+release it. Their formula has uniform noise where the Gumbel-softmax has Gumbel noise; both are here, and the default is
+what is printed. No schedule of the temperature is printed.
 
 >>> net = timm.create_model("efficientformer_supernet")
 >>> mixed = MetaPath(net)  # trains like any classifier: mixed(images) -> logits

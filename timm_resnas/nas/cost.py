@@ -10,20 +10,7 @@ from typing import Any
 
 from ..arch import Layer
 
-__all__ = [
-    "MES_EXPONENTS",
-    "MES_UNITS",
-    "Budget",
-    "BudgetError",
-    "budget_violation",
-    "describe_layers",
-    "format_cost",
-    "mobile_efficiency_score",
-]
-
-# EfficientFormerV2's: about the size of MobileNetV2, and its time on the paper's phone
-MES_UNITS: Mapping[str, float] = {"params": 3e6, "latency_ms": 1.0}
-MES_EXPONENTS: Mapping[str, float] = {"params": 0.5, "latency_ms": 1.0}
+__all__ = ["Budget", "BudgetError", "budget_violation", "describe_layers", "format_cost"]
 
 _NAMES = ("macs", "params", "latency_ms", "memory")
 _KINDS = {"macs": "count", "params": "count", "latency_ms": "time", "memory": "bytes"}
@@ -186,36 +173,6 @@ def budget_violation(budget: Budget | None, costs: Mapping[str, int | float]) ->
     floor, limit = budget.band
     below = max(0.0, (floor - costs[budget.first]) / limit)
     return below + sum(max(0.0, costs[name] / limit - 1) for name, limit in budget)
-
-
-def mobile_efficiency_score(
-    costs: Mapping[str, int | float],
-    units: Mapping[str, float] = MES_UNITS,
-    exponents: Mapping[str, float] = MES_EXPONENTS,
-) -> float:
-    """EfficientFormerV2's Mobile Efficiency Score: ``100 * prod((cost / unit) ** -exponent)``, larger is better.
-
-    Paper: "Rethinking Vision Transformers for MobileNet Size and Speed" - https://arxiv.org/abs/2212.08059. On another
-    device than the paper's phone, ``units["latency_ms"]`` is what a reference network takes there.
-
-    Args:
-        costs: Of a network, as `SearchSpace.costs` gives them; others than those of ``units`` do not count.
-        units: Costs of a network that scores 100.
-        exponents: What each of them weighs.
-
-    Raises:
-        ValueError: A cost is missing, or it, its unit or its exponent is not a positive number.
-    """
-    if missing := [name for name in units if name not in costs or name not in exponents]:
-        raise ValueError(f"the score needs a cost and an exponent for {', '.join(missing)}; costs: {', '.join(costs)}")
-    score = 100.0
-    for name, unit in units.items():
-        cost, exponent = costs[name], exponents[name]
-        for what, value in (("cost", cost), ("unit", unit), ("exponent", exponent)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"the {what} of {name} must be a positive number, got {value!r:.40}")
-        score *= (cost / unit) ** -exponent
-    return score
 
 
 def describe_layers(layers: Iterable[Layer]) -> str:
