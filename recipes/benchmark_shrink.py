@@ -10,6 +10,9 @@ each budget: the same share of every block (uniform), random widths, a knapsack 
 and the search that starts from it; plain, and repaired in closed form, layer after layer. `hidden 50%` cuts half of the
 hidden units and no heads, its units in order of their magnitude or of what they add on images.
 
+With `--keep-ratios 1 0.9 0.7 0.5` there are rows of networks that also drop patches, from a quarter, half and three
+quarters of the depth on to these shares, decided with the widths in one search.
+
 With the package torch-pruning installed, its pruners cut heads and hidden units to the same MACs (the largest share
 that stays within the budget): by group magnitude, and by the group Taylor criterion of the loss of a logistic
 regression on the calibration images' own labels; layer by layer, and ranked over layers of a kind (isomorphic).
@@ -47,6 +50,7 @@ from timm_resnas.engine.models import open_model
 from timm_resnas.engine.run import cli_errors, format_minutes
 from timm_resnas.families.elastic import ElasticSupernet
 from timm_resnas.families.elastic_space import ElasticArch
+from timm_resnas.families.elastic_tokens import with_tokens
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.evaluate import Evaluator
@@ -68,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, default=64, help="further images that networks are ranked on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=60, help="networks that a search scores")
+    parser.add_argument("--keep-ratios", type=float, nargs="+", metavar="R", help="also search what patches go on")
     parser.add_argument("--tokens", type=float, nargs="+", metavar="SHARE", help="fewer tokens instead: shares")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
@@ -209,9 +214,14 @@ def main(argv: list[str] | None = None) -> None:
         spent["repair one network, and its row"] = time.perf_counter() - begin
 
         others = pruners(model, images, labels)
+        nets = {"": net}
+        if args.keep_ratios:
+            nets[" with tokens"] = with_tokens(timm_resnas.elastic(model), args.keep_ratios).eval()
+            nets[" with tokens"].calibrate(images.split(64))
         begin = time.perf_counter()
-        evaluator = Evaluator(net, [(h, torch.zeros(len(h), dtype=torch.long)) for h in held.split(64)], score="cosine")
-        loss = losses(net.space, evaluator.score(alone(net.space)))
+        batches = [(h, torch.zeros(len(h), dtype=torch.long)) for h in held.split(64)]
+        evaluators = {kind: Evaluator(n, batches, score="cosine") for kind, n in nets.items()}
+        spare = {kind: losses(n.space, evaluators[kind].score(alone(n.space))) for kind, n in nets.items()}
         spent["what each layer alone can spare"] = time.perf_counter() - begin
         for percent in args.budgets:
             budget = Budget.parse(f"macs={percent}%", net.space.costs(net.space.largest))
@@ -222,13 +232,16 @@ def main(argv: list[str] | None = None) -> None:
             for kind, cut in others.items():
                 table.add(f"{name} torch-pruning, {kind}", *cut(percent / 100))
             table.add(f"{name} random, repaired", share(randoms[0]), [net.extract(a, repair=images) for a in randoms])
-            starts = [knapsack(net.space, loss, budget, power) for power in POWERS]
-            begin = time.perf_counter()
-            table.add(f"{name} knapsack, repaired", share(starts[0]), [net.extract(starts[0], repair=images)])
-            searched = [search(net, evaluator, budget, starts, seed, args.candidates, images, held)
-                        for seed in range(args.seeds)]  # fmt: skip
-            spent[f"{args.seeds} searches at {name}"] = time.perf_counter() - begin
-            table.add(f"{name} searched, repaired", share(searched[0][0]), [found for _, found in searched])
+            for kind, own in nets.items():
+                starts = [knapsack(own.space, spare[kind], budget, power) for power in POWERS]
+                begin = time.perf_counter()
+                found = own.extract(starts[0], repair=images)
+                table.add(f"{name} knapsack{kind}, repaired", own.space.costs(starts[0])["macs"] / largest, [found])
+                searched = [search(own, evaluators[kind], budget, starts, seed, args.candidates, images, held)
+                            for seed in range(args.seeds)]  # fmt: skip
+                spent[f"{args.seeds} searches at {name}{kind}"] = time.perf_counter() - begin
+                costs = own.space.costs(searched[0][0])["macs"] / largest
+                table.add(f"{name} searched{kind}, repaired", costs, [found for _, found in searched])
         print()
         for what, seconds in spent.items():
             print(f"{format_minutes(seconds):>7}  {what}")

@@ -247,12 +247,16 @@ def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):
             "2",
             "--candidates",
             "10",
+            "--keep-ratios",
+            "1",
+            "0.5",
             "--json",
             str(tmp_path / "rows"),
         ]
     )
     rows = {r["network"]: r for r in json.loads((tmp_path / "rows").read_text())["rows"]}
-    assert rows["full model"]["cosine"] == pytest.approx([1, 1]) and len(rows) == 10
+    assert rows["full model"]["cosine"] == pytest.approx([1, 1]) and len(rows) == 12
     assert rows["60% uniform, repaired"]["cosine"][0] > rows["60% uniform"]["cosine"][0]
-    assert rows["60% searched, repaired"]["macs"] == pytest.approx(0.6, rel=0.03)
+    for kind in "searched", "searched with tokens":
+        assert rows[f"60% {kind}, repaired"]["macs"] == pytest.approx(0.6, rel=0.03)
     assert "| 60% searched, repaired |" in capsys.readouterr().out
