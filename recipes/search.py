@@ -36,6 +36,8 @@ a table that `recipes/latency.py` measured on this device; what is called best i
 for what it gains (`--gain`: a cost, or size and latency together; EfficientFormer's searches): a block less, the next
 smaller width, fewer heads, fewer hidden units. The networks on its way are `pareto/<k>/`, and pareto.png shows what was
 rejected. A smaller `--slim-step` scores more candidates; the plan says how many.
+`--model … --search slim-masks` (ViT-Slim) scores none: masks on the entries of heads and on hidden units are trained
+with the model under a price, and those above a threshold that keeps the budget are left, in a really smaller network.
 
 `--supernet` takes a folder or a Hub id of a supernet that was trained before, with its own space. Images that it was
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report
@@ -80,7 +82,7 @@ def defaults(options: SearchOptions) -> dict[str, Any]:
         "lr": 1e-4 if model else 2e-3,
         "val_fraction": 0.15 if model else 1 / 3,
     }
-    if options.search != "slimming":
+    if options.search not in ("slimming", "slim-masks"):
         chosen["population"] = 60 if model else 100  # a knapsack's networks are among them
         chosen["iterations"] = 4 if model else 6
     if model and options.search == "evolution":

@@ -180,9 +180,9 @@ def test_a_pretrained_model_is_slimmed(recipe_server, base, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--population", "9"], "--population does not go with --search slimming"),
-        (["--mutations", "9"], "those of slimming are --gain, --slim-step and --together"),
-        (["--search", "evolution"], "--slim-step does not go with --search evolution; add --search slimming"),
+        (["--population", "9"], "--population is of --search evolution; it does not go with"),
+        (["--mutations", "9"], "--mutations is of --search evolution"),
+        (["--search", "evolution"], "--slim-step is of --search slimming; it does not go with --search evolution"),
         (["--gain", "mes"], "--gain mes needs --latency-table FILE"),
         (["--gain", "latency"], "--gain latency needs --latency-table FILE"),
         (["--budget", "macs=101%"], "above the largest network of the space"),

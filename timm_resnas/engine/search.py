@@ -70,6 +70,7 @@ OF_STEPS = (  # options
 )
 OF_GENERATIONS = ("population", "iterations", "parents", "mutations", "crossovers", "mutation_prob")
 OF_SLIMMING = ("gain", "slim_step", "together")
+OF_MASKS = ("mask_epochs", "mask_attention", "mask_prices", "mask_lr")
 FINALISTS = 10  # networks that are measured until one is within a latency budget
 NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report
@@ -81,11 +82,15 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
-    slimming, default = options.search == "slimming", SearchOptions()
-    for name in OF_GENERATIONS if slimming else OF_SLIMMING:
-        if getattr(options, name) != getattr(default, name):
-            other = "those of slimming are --gain, --slim-step and --together" if slimming else "add --search slimming"
-            raise RunError(f"--{name.replace('_', '-')} does not go with --search {options.search}; {other}")
+    default, kinds = SearchOptions(), {"slimming": OF_SLIMMING, "slim-masks": OF_MASKS}
+    for kind, names in {"evolution": OF_GENERATIONS, **kinds}.items():
+        own = kind == options.search or kind == "evolution" and options.search not in kinds
+        for name in () if own else names:
+            if getattr(options, name) != getattr(default, name):
+                option = f"--{name.replace('_', '-')}"
+                raise RunError(f"{option} is of --search {kind}; it does not go with --search {options.search}")
+    if options.search == "slim-masks" and options.model is None:
+        raise RunError("--search slim-masks trains masks in a trained vision transformer; name it by --model")
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
     if trained is None and options.score in TRAINING_FREE:
         trained = f"--score {options.score}"

@@ -243,8 +243,9 @@ class SearchOptions(SupernetOptions):
     )
     search: str = option(
         "evolution",
-        "how candidates are made; slimming: from the largest network down, by the step that loses least for its gain",
-        choices=("evolution", "random", "pareto", "slimming"),
+        "how candidates are made; slimming: from the largest network down, by the step that loses least for its gain; "
+        "slim-masks: of --model, by masks that are trained with it (ViT-Slim), no candidates",
+        choices=("evolution", "random", "pareto", "slimming", "slim-masks"),
         basic=True,
     )
     max_minutes: float | None = option(
@@ -275,6 +276,21 @@ class SearchOptions(SupernetOptions):
         range=SHARE,
     )
     together: int = option(1, "best steps of --search slimming that are taken at once", metavar="N", range=COUNT)
+    mask_epochs: int = option(8, "epochs that --search slim-masks trains the model and its masks", range=COUNT)
+    mask_attention: str = option(
+        "entries",
+        "masks of attention: on entries of each head, on heads, or on entries alike in all heads",
+        choices=("entries", "heads", "uniform"),
+    )
+    mask_prices: list[float] | None = option(
+        None, "of attention and MLP masks (default: the paper's 2e-4 5e-5)", metavar="X", range=NOT_NEGATIVE
+    )
+    mask_lr: float | None = option(
+        None,
+        "learning rate of masks (default: above --lr where steps are few, so that masks can go as far as in the paper)",
+        metavar="X",
+        range=POSITIVE,
+    )
     population: int | None = option(
         None, "random candidates of generation 1 (paper: 500; default: 100, with --model 60)", metavar="N", range=COUNT
     )

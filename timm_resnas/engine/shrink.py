@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shlex
 import shutil
@@ -55,6 +56,7 @@ from .search import (
 from .seeds import Stream, generator
 from .settings import SearchOptions, TrainOptions
 from .shrink_report import report
+from .slim import check_masks, train_masks
 from .supernet import SearchData, networks_per_image, num_archs, seen_images, train_supernet
 from .train import ModelTraining, TrainData
 from .train import prepare as prepare_model
@@ -90,9 +92,15 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         table.price(space, device=table.conditions.device)
     budget = make_budget(options, space)
     val = _batches(options, data, data.splits.train, accelerator.device, data.val)
-    search = make_search(options, space, budget, len(data.val))  # its errors, before the work
+    masks, search, held = options.search == "slim-masks", None, budget
+    if masks:
+        check_masks(options, model, budget)
+        held = Budget(lower=0, **budget.limits)
+    else:
+        search = make_search(options, space, budget, len(data.val))  # its errors, before the work
+        held = search.budget
     run.begin()
-    _print_plan(options, run, data, model, space, search)
+    _print_plan(options, run, data, model, space, search, held)
 
     # 1. the full model, for these classes
     best = fine_tune(
@@ -118,24 +126,21 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     if table is not None:
         table.price(net.space, device=table.conditions.device)
 
-    # 3. the search; evolution from what each layer alone can spare
-    evaluator = _evaluator(options, accelerator, run, net, val, data)
-    start = []
-    if probes := _probes(options, net.space):
-        run.print(f"\nscoring {len(probes)} networks with one layer narrowed, to start from")
-        loss = losses(net.space, evaluator.score(probes))
-        start = [a for p in POWERS if budget is not None and (a := knapsack(net.space, loss, budget, p)) is not None]
-    search = make_search(options, net.space, budget, len(data.val), start)
-    unit = len(data.val) * score_unit(options.score)
-    ended = run_search(options, search, evaluator, run, clock, unit)
+    if masks:
+        # 3. masks trained with the model, and the network that they leave
+        ended = None
+        choice, found = _by_masks(options, accelerator, run, best, data, budget)
+    else:
+        # 3. the search; the best of the candidates, repaired layer after layer
+        search, ended = _search(options, accelerator, run, net, val, data, budget, clock)
+        choice = run.cached("winner.json", lambda: _choose(options, net, search, val, images, table))
+        found = net.extract(Arch.from_record(choice["best"]), repair=images)
 
-    # 4. the best of the candidates, repaired layer after layer, taught by the full model
-    choice = run.cached("winner.json", lambda: _choose(options, net, search, val, images, table))
-    winner = Arch.from_record(choice["best"])
-    found = net.extract(winner, repair=images)
+    # 4. what was found is taught by the full model
+    before = copy.deepcopy(found)
     facts = {
         "shrunk": {"model": options.model, "budget": options.budget, "search": options.search, "seed": options.seed},
-        **{name: choice["best"][name] for name in net.space.cost_names},
+        **{name: choice["best"][name] for name in net.space.cost_names if name in choice["best"]},
     }
     everything = data._replace(train=sorted([*data.train, *data.val]), val=[])
     tuned = fine_tune(
@@ -152,13 +157,15 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     if run.is_main:
         shutil.rmtree(run / "best", ignore_errors=True)
         shutil.copytree(tuned, run / "best")
-        front = _front(search, net, run, data, facts, images)
-        results = _compare(options, run, data, net, search, choice, images, budget)
+        front = [] if search is None else _front(search, net, run, data, facts, images)
+        limits = budget if search is None else comparable(search)
+        results = _compare(options, run, data, net, choice, before, images, budget, limits)
         results.update(
             command=shlex.join(["accelerate", "launch", *sys.argv]),
             ended_early=ended,
-            search=options.search,
-            objectives=[front_cost(search.budget, net.space)],
+            budget={"asked": options.budget, **(held.to_dict() if held else {})},
+            candidates=0 if search is None else len(search.history),
+            objectives=[front_cost(budget, net.space)],
             front=front,
             seconds=round(clock.seconds(), 1),
             resumed=run.resumed,
@@ -227,9 +234,44 @@ def _calibration(options: SearchOptions, data: TrainData, device: torch.device) 
     return torch.cat([x for x, _ in _batches(options, data, data.splits.train, device, chosen.tolist())])
 
 
+def _search(
+    options: SearchOptions,
+    accelerator: Accelerator,
+    run: Run,
+    net: ElasticSupernet,
+    val: Iterable,
+    data: TrainData,
+    budget: Budget | None,
+    clock: Deadline,
+) -> tuple[Search, str | None]:
+    """A search at its end, and why it ended early, or None; evolution begins with what each layer alone can spare."""
+    evaluator = _evaluator(options, accelerator, run, net, val, data)
+    start = []
+    if probes := _probes(options, net.space):
+        run.print(f"\nscoring {len(probes)} networks with one layer narrowed, to start from")
+        loss = losses(net.space, evaluator.score(probes))
+        start = [a for p in POWERS if budget is not None and (a := knapsack(net.space, loss, budget, p)) is not None]
+    search = make_search(options, net.space, budget, len(data.val), start)
+    unit = len(data.val) * score_unit(options.score)
+    return search, run_search(options, search, evaluator, run, clock, unit)
+
+
+def _by_masks(
+    options: SearchOptions, accelerator: Accelerator, run: Run, full: Path, data: TrainData, budget: Budget
+) -> tuple[dict[str, Any], nn.Module]:
+    """What masks find, in the form of `_choose`, and the network with the weights that were trained with them."""
+    model = open_model(str(full), pretrained=True).to(accelerator.device)
+    chosen = _train_options(options, pretrained=True)
+    net = train_masks(options, chosen, accelerator, run.part("masks"), model, data)
+    masks = net.within(budget)
+    arch = net.arch(masks)
+    best = {**arch.record(), "key": arch.key(), **net.costs(masks)}
+    return {"best": best, "finalists": [], "kept_latency": True}, net.shrink(masks)
+
+
 def _probes(options: SearchOptions, space: ElasticSpace) -> list[Arch]:
     """Networks to score before the search."""
-    return [] if options.search == "slimming" else alone(space)
+    return [] if options.search in ("slimming", "slim-masks") else alone(space)
 
 
 def _supernet(options: SearchOptions, model: nn.Module) -> ElasticSupernet:
@@ -420,19 +462,19 @@ def _compare(
     run: Run,
     data: TrainData,
     net: ElasticSupernet,
-    search: Any,
     choice: Mapping[str, Any],
+    found: nn.Module,
     images: torch.Tensor,
     budget: Budget | None,
+    limits: Budget | None,
 ) -> dict[str, Any]:
-    """Test accuracy, costs and latency of the full model, the found one, an even cut, and random ones."""
+    """Test accuracy, costs and latency of the full model, the found one, an even cut, and random ones within limits."""
     device = images.device
     test = _batches(options, data, data.splits.test, device)
     size = tuple(data.config["input_size"])
-    best = Arch.from_record(choice["best"])
     models: dict[str, nn.Module] = {
         "full model": open_model(str(run / "full" / "best"), pretrained=True),
-        "found, repaired": net.extract(best, repair=images),
+        "found, by masks" if options.search == "slim-masks" else "found, repaired": found,
         "found, fine-tuned": timm.create_model(f"local-dir:{run / 'best'}", pretrained=True),
     }
     if budget is not None and (even := uniform(net.space, budget)) is not None:
@@ -451,7 +493,7 @@ def _compare(
     randoms = []
     if budget is not None and options.num_random:
         rng = generator(options.seed, Stream.BASELINES)
-        for arch in net.space.sample_many(options.num_random, rng, comparable(search)):
+        for arch in net.space.sample_many(options.num_random, rng, limits):
             with torch.inference_mode():
                 net.set_arch(arch)
                 correct, _ = count_correct(net, test)
@@ -460,15 +502,17 @@ def _compare(
     return {
         "model": options.model,
         "dataset": options.dataset,
-        "budget": {"asked": options.budget, **(search.budget.to_dict() if search.budget else {})},
+        "search": options.search,
         "score": options.score,
         "seed": options.seed,
         "space_dict": net.space.to_dict(),
         "space_size": float(net.space.size()),
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.splits.test)},
         "calibration": len(images),
-        "epochs": {"full": options.epochs, "elastic": options.elastic_epochs, "finetune": options.finetune_epochs},
-        "candidates": len(search.history),
+        "epochs": {
+            **{"full": options.epochs, "elastic": options.elastic_epochs, "finetune": options.finetune_epochs},
+            **({"masks": options.mask_epochs} if options.search == "slim-masks" else {}),
+        },
         "best": {k: v for k, v in choice["best"].items() if k != "seconds"},
         "finalists": choice["finalists"],
         "kept_latency": choice["kept_latency"],
@@ -480,7 +524,13 @@ def _compare(
 
 
 def _print_plan(
-    options: SearchOptions, run: Run, data: TrainData, model: nn.Module, space: Any, search: Search
+    options: SearchOptions,
+    run: Run,
+    data: TrainData,
+    model: nn.Module,
+    space: Any,
+    search: Search | None,
+    budget: Budget | None,
 ) -> None:
     """What will be done and about how long each stage takes, by timing the full model."""
     costs = space.costs(space.largest)
@@ -491,10 +541,11 @@ def _print_plan(
         begin = time.perf_counter()
         model(x)
         each = (time.perf_counter() - begin) / len(x)
-    limit = dict(search.budget or ()).get("macs", 0.6 * costs["macs"]) / costs["macs"]
+    limit = dict(budget or ()).get("macs", 0.6 * costs["macs"]) / costs["macs"]
     slimming = isinstance(search, Slimming)
     train, val, test = len(data.train), len(data.val), len(data.splits.test)
-    count, at_most = search.planned, "about" if slimming else "up to"
+    count, at_most = search.planned if search else 0, "about" if slimming else "up to"
+    mask_epochs = 0 if search else options.mask_epochs
     probes, calibration = len(_probes(options, space)), min(options.calibration, train)
     stages = {
         f"fine-tune the full model, {options.epochs} epochs of {train} images": options.epochs * train * 3 * each,
@@ -507,8 +558,9 @@ def _print_plan(
         ),
         f"rank units and prepare repair on {calibration} images": calibration * 4 * each,
         f"score {probes} networks with one layer narrowed on {val} images": probes * val * each,
+        f"train the model and its masks, {mask_epochs} epochs of {train} images": mask_epochs * train * 3.2 * each,
         f"search, {at_most} {count} candidates": count * val * ((1 + limit) / 2 if slimming else limit) * each,
-        f"repair {REPAIRED} finalists": REPAIRED * calibration * 6 * each,
+        f"repair {REPAIRED} finalists": REPAIRED * calibration * 6 * each if search else 0,
         f"fine-tune the found network, {options.finetune_epochs} epochs of {train + val} images": (
             options.finetune_epochs * (train + val) * (3 * limit + 1) * each
         ),
@@ -517,7 +569,7 @@ def _print_plan(
     run.print(
         f"{options.model}: {costs['macs'] / 1e6:,.0f} MMACs, {costs['params']:,} parameters; {options.dataset}: "
         f"{train} images to train on, {val} to score candidates on, {test} to test; "
-        f"budget {search.budget or 'none'}\nplan:"
+        f"budget {budget or 'none'}\nplan:"
     )
     for text, seconds in stages.items():
         if not seconds:

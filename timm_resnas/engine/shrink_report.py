@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..nas.cost import Budget, format_cost
 from ..nas.evaluate import in_answers
 from ..nas.jsonl import read_jsonl
+from ..nas.space import SearchSpace
 from .baseline import describe, verdict
 from .markdown import family, network, provenance
 from .plots import ACCENT, draw_pareto, save
@@ -82,6 +83,17 @@ def markdown(results: dict[str, Any], table: str) -> str:
         if epochs["elastic"]
         else ""
     )
+    how = (
+        f"{results['candidates']} candidates out of {results['space_size']:.3g} narrower networks, scored by "
+        f"{results['score']} on {images['val']} images that were not trained on before."
+    )
+    made = "heads and hidden units were ranked, and narrowed layers repaired in closed form, on"
+    if results.get("search") == "slim-masks":
+        how = (
+            f"Masks on attention and MLP were trained with the model for {epochs['masks']} epochs; of each kind, those "
+            f"above one threshold are left, which bisection sets so that the network is within the budget."
+        )
+        made = "for even and random cuts heads and hidden units were ranked, and layers repaired in closed form, on"
     late = "" if results["kept_latency"] else (
         "**None of the finalists keeps the latency limit when measured end to end**; the fastest was taken."
     )  # fmt: skip
@@ -89,17 +101,15 @@ def markdown(results: dict[str, Any], table: str) -> str:
         [
             f"# {short_path(results['model'])} shrunk on {results['dataset']}",
             "",
-            f"Budget: {budget}. {results['candidates']} candidates out of {results['space_size']:.3g} narrower "
-            f"networks, scored by {results['score']} on {images['val']} images that were not trained on before. The "
-            f"{images['test']} test images were used for this table only.",
+            f"Budget: {budget}. {how} The {images['test']} test images were used for this table only.",
             "",
             table,
             "",
             *([late, ""] if late else []),
             f"Latency: median of interleaved rounds, {results['conditions']}. The full model was fine-tuned "
-            f"for {epochs['full']} epochs on {images['train']} images; {together}heads and hidden units were ranked, "
-            f"and narrowed layers repaired in closed form, on {results['calibration']} of them. The found network was "
-            f"then fine-tuned for {epochs['finetune']} epochs on {images['train'] + images['val']} images, taught by "
+            f"for {epochs['full']} epochs on {images['train']} images; {together}{made} {results['calibration']} of "
+            f"them. The found network was then fine-tuned for {epochs['finetune']} epochs on "
+            f"{images['train'] + images['val']} images, taught by "
             f"the full model. Even and random cuts are repaired, not fine-tuned.",
             "",
             "![test accuracy against MACs](shrunk.png)",
@@ -149,7 +159,8 @@ def draw_accuracy(path: Path, results: dict[str, Any]) -> None:
     if randoms := results["random"]:
         x = [r["macs"] / scale for r in randoms]
         axes.scatter(x, [r["test"] / images for r in randoms], s=18, color=GREY, label="random, repaired")
-    looks = {"full model": (DARK, "s"), "found, repaired": (BLUE, "o"), "found, fine-tuned": (ACCENT, "*")}
+    looks = {"full model": (DARK, "s"), "found, fine-tuned": (ACCENT, "*")}
+    looks |= dict.fromkeys(("found, repaired", "found, by masks"), (BLUE, "o"))
     for name, r in networks.items():
         color, marker = looks.get(name, (GREY, "D"))
         size = 170 if marker == "*" else 60
@@ -170,9 +181,16 @@ def _size(results: dict[str, Any]) -> list[int]:
 def draw_widths(path: Path, results: dict[str, Any]) -> None:
     """Heads and hidden units that are left in each block, in front of those of the full model."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    kept = np.array(results["best"]["args"]["widths"])
+    widths = results["best"]["args"]["widths"]
+    kept = np.array([own[:2] for own in widths])
     most = np.array([[heads[0], hidden[0]] for heads, hidden in results["space_dict"]["choices"]])
-    for axes, column, title in zip(figure.subplots(1, 2), (0, 1), ("heads", "hidden units of the MLP"), strict=True):
+    titles = ["heads", "hidden units of the MLP"]
+    if any(len(own) > 2 for own in widths):
+        titles[0] = "entries of all heads"
+        full = [attn.width for attn, _ in SearchSpace.from_dict(results["space_dict"]).structure.pairs]
+        most[:, 0] *= full
+        kept[:, 0] *= [own[2] if len(own) > 2 else width for own, width in zip(widths, full, strict=True)]
+    for axes, column, title in zip(figure.subplots(1, 2), (0, 1), titles, strict=True):
         blocks = range(1, len(kept) + 1)
         axes.bar(blocks, most[:, column], color="#dfe3e8", label="full model")
         axes.bar(blocks, kept[:, column], color=BLUE, label="found")

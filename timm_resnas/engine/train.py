@@ -428,12 +428,20 @@ class ModelTraining(Training):
         model = model.to(accelerator.device)
         self.data, self.val = data, val
         self.mix = make_mix(options, model, data)
-        task = make_task(options, model, data, accelerator.device)
+        task = self.make_task(options, model, accelerator.device)
         if options.ema:  # before the model is wrapped
             task.setup_ema(decay=options.ema_decay, use_warmup=options.ema_warmup)
         task.to(accelerator.device)
         loader = make_loader(options, accelerator, data)
-        super().__init__(options, accelerator, run, task, model, loader, make_optimizer(options, model))
+        super().__init__(options, accelerator, run, task, model, loader, self.make_optimizer(options, model))
+
+    def make_task(self, options: TrainOptions, model: nn.Module, device: torch.device) -> TrainingTask:
+        """What gives the loss, see `make_task`."""
+        return make_task(options, model, self.data, device)
+
+    def make_optimizer(self, options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
+        """See `make_optimizer`."""
+        return make_optimizer(options, model)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, number: int) -> torch.Tensor:
         """See `Training.loss`."""

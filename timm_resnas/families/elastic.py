@@ -29,7 +29,15 @@ from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
-__all__ = ["REPAIR_ROWS", "ElasticSupernet", "build_supernet", "elastic", "repair_narrower", "supernet_over"]
+__all__ = [
+    "REPAIR_ROWS",
+    "ElasticSupernet",
+    "build_supernet",
+    "elastic",
+    "repair_narrower",
+    "space_of",
+    "supernet_over",
+]
 
 REPAIR_ROWS = 64  # images at a time in a branch that is repaired
 
@@ -348,6 +356,28 @@ def supernet_over(space: ElasticSpace, model: nn.Module) -> ElasticSupernet:
     return net.to(param.device, param.dtype).train(model.training)
 
 
+def space_of(model: nn.Module, **model_args: Any) -> ElasticSpace:
+    """The narrower forms of a timm vision transformer; see `elastic`."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg:
+        raise NarrowError(
+            f"a {type(model).__name__} was not made by timm.create_model, which is needed to build it again"
+        )
+    args = {**get_model_args(model), **model_args}
+    base, widths = cfg["architecture"], None
+    if base == ElasticArch.model:  # one that was shrunk before
+        base, widths = args.pop("base", DEFAULT_BASE), args.pop("widths", None)
+    json_plain = json.loads(json.dumps(args))
+    if "img_size" not in json_plain:
+        json_plain["img_size"] = list(cfg["input_size"][1:])
+    space = ElasticSpace(base, **json_plain)
+    if widths is None:
+        return space
+    arch = ElasticArch.from_args({"base": base, "widths": widths})
+    check_pairs(arch)
+    return ElasticSpace(base, _within(space, arch), **json_plain)
+
+
 def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
     """A supernet over a copy of a timm vision transformer, with its weights.
 
@@ -363,24 +393,7 @@ def elastic(model: nn.Module, **model_args: Any) -> ElasticSupernet:
     Raises:
         NarrowError: The model cannot be narrowed; the message names the module.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not cfg:
-        raise NarrowError(
-            f"a {type(model).__name__} was not made by timm.create_model, which is needed to build it again"
-        )
-    args = {**get_model_args(model), **model_args}
-    base, widths = cfg["architecture"], None
-    if base == ElasticArch.model:  # one that was shrunk before
-        base, widths = args.pop("base", DEFAULT_BASE), args.pop("widths", None)
-    json_plain = json.loads(json.dumps(args))
-    if "img_size" not in json_plain:
-        json_plain["img_size"] = list(cfg["input_size"][1:])
-    space = ElasticSpace(base, **json_plain)
-    if widths is not None:
-        arch = ElasticArch.from_args({"base": base, "widths": widths})
-        check_pairs(arch)
-        space = ElasticSpace(base, _within(space, arch), **json_plain)
-    return supernet_over(space, model)
+    return supernet_over(space_of(model, **model_args), model)
 
 
 @torch.no_grad()
