@@ -13,6 +13,7 @@ from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace, hidden
 from timm_resnas.models.narrow import NarrowError
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.timing import layer_starts
 from timm_resnas.nas.units import mask
 
 # plain, distilled, registers, q/k norm, attention pool, rotary with SwiGLU, norms over pruned units, separate q/k/v,
@@ -64,6 +65,16 @@ def silenced(net, arch):
     return state
 
 
+def in_order(model, modules, x):
+    """The modules as the forward enters them."""
+    entered = []
+    handles = [m.register_forward_pre_hook(lambda m, _: entered.append(m)) for m in modules]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return entered
+
+
 def test_cut_equals_silenced_and_costs_are_those_of_built_networks(pair):
     name, model, net = pair
     x = images(net)
@@ -81,6 +92,9 @@ def test_cut_equals_silenced_and_costs_are_those_of_built_networks(pair):
             assert costs["params"] == sum(p.numel() for p in small.parameters())
             assert costs["macs"] == count_macs(small, x.shape[1:]) == arch.costs(**net.space.model_args)["macs"]
             assert Arch.from_record(json.loads(json.dumps(arch.record()))) == arch
+            # where latency tables measure: entered one after the other, one for each layer
+            starts = layer_starts(small)
+            assert in_order(small, starts, x) == starts and len(starts) == len(arch.layers(**net.space.model_args))
 
 
 def test_sorting_keeps_the_function(pair):

@@ -15,6 +15,7 @@ from timm_resnas.models.token_reduction import TokenError, TokenReduction
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.space import SearchSpace
+from timm_resnas.nas.timing import layer_starts
 
 # plain, registers with layer scale, q/k norm and an image that is no square, one that is pooled over its patches
 BASES = {
@@ -63,6 +64,7 @@ def test_found_networks_are_the_sub_networks_and_cost_what_they_count(pair):
             assert costs["macs"] == count_macs(small, size)
             assert costs["params"] == sum(p.numel() for p in small.parameters())
             assert costs == arch.costs(**net.space.model_args) == arch.canonical().costs(**net.space.model_args)
+            assert len(layer_starts(small)) == len(net.space.layers(arch))
         patches = net.patch_embed.num_patches
         arch = TokenArch.from_args({**net.space.largest.args(), "keep_ratios": [1.0, 0.7, 0.5]})
         assert net.extract(arch).forward_features(x).shape[1] == net.num_prefix_tokens + patches // 2

@@ -206,7 +206,7 @@ def layer_starts(net: nn.Module) -> list[nn.Module]:
             f"define layer_starts() in its class"
         )
     starts = [net.patch_embed]
-    for block in net.blocks:
+    for block in (*net.blocks, *getattr(net, "blocks_token_only", ())):  # CaiT's blocks with class attention
         if _is_pre_norm(block):
             there = [not getattr(getattr(block, name, None), "absent", False) for name in ("attn", "mlp")]
             starts += [norm for norm, kept in zip((block.norm1, block.norm2), there, strict=True) if kept]
