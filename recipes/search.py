@@ -37,7 +37,8 @@ for what it gains (`--gain`: a cost, or size and latency together; EfficientForm
 smaller width, fewer heads, fewer hidden units. The networks on its way are `pareto/<k>/`, and pareto.png shows what was
 rejected. A smaller `--slim-step` scores more candidates; the plan says how many.
 `--model … --search slim-masks` (ViT-Slim) scores none: masks on the entries of heads and on hidden units are trained
-with the model under a price, and those above a threshold that keeps the budget are left, in a really smaller network.
+with the model under a price, and those above a threshold that keeps the budget are left, in a really smaller network;
+with `--mask-tokens 0.7` tokens at fixed positions go as well.
 
 `--supernet` takes a folder or a Hub id of a supernet that was trained before, with its own space. Images that it was
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import timm_resnas
-from timm_resnas.families.slim_masks import MaskedViT, Masks, monotone, rectangle, threshold
+from timm_resnas.families.slim_masks import MaskedViT, monotone, rectangle, threshold
 from timm_resnas.models.narrow import NarrowError
 from timm_resnas.nas.cost import Budget, BudgetError
 from timm_resnas.nas.count import count_macs
@@ -60,7 +60,8 @@ def test_numbers_of_the_released_code(golden, case):
             small = net.shrink(net.fixed)
             torch.testing.assert_close(small(found["input"]), net(found["input"]), rtol=1e-5, atol=1e-5)
         net.fixed = None
-        assert count_macs(small, (3, 28, 28)) == net.costs(masks)["macs"] < net.costs()["macs"]
+        macs = net.costs(masks._replace(tokens=None))["macs"]
+        assert count_macs(small, (3, 28, 28)) == macs < net.costs()["macs"]
 
 
 def test_monotone_tokens():
@@ -215,6 +216,90 @@ def test_what_is_refused():
         net.within(Budget(macs=1000))
     with pytest.raises(BudgetError, match="masks are so alike"):
         net.within(Budget(macs=net.costs()["macs"] // 2))
-    masks = Masks(*net.masks({})[:2], (torch.zeros(17, dtype=torch.bool),))
-    with pytest.raises(ValueError, match="has all tokens"):
-        net.shrink(masks)
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("test_vit", dict(img_size=64, patch_size=8)),
+        ("vit_small_patch14_reg4_dinov2", dict(img_size=56, depth=3)),
+        ("deit_tiny_distilled_patch16_224", dict(img_size=64, depth=3)),
+    ],
+)
+def test_tokens_are_gathered_and_logits_are_the_masked_ones(name, kwargs):
+    net = randomised(name, tokens=True, **kwargs)
+    x = torch.randn(2, 3, kwargs["img_size"], kwargs["img_size"])
+    for keep in (0.7, 0.3, 0.01):
+        masks = net.shaped(net.masks({"attention": 0.7, "mlp": 0.7, "tokens": keep}))
+        small = net.shrink(masks)
+        net.fixed = masks
+        counts = [int(mask.sum()) for mask in masks.tokens]
+        assert counts == sorted(counts, reverse=True) and counts[-1] < len(masks.tokens[0])
+        with torch.no_grad():
+            torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-4)
+            net.fixed = masks._replace(tokens=None)
+            assert (small(x) - net(x)).abs().max() > 1e-3
+        tokens = small.forward_features(x).shape[1]
+        assert tokens == counts[-1]
+        macs = count_macs(small, (3, *x.shape[2:]))
+        assert macs == net.costs(masks)["macs"] < net.costs(masks._replace(tokens=None))["macs"]
+
+
+def test_a_budget_with_fewer_tokens(golden):
+    net, found, _ = released(golden, "full")
+    full = net.costs()["macs"]
+    for tokens in (None, 0.5):
+        masks = net.within(Budget(macs=int(0.5 * full)), tokens)
+        small = net.shrink(masks)
+        macs = count_macs(small, (3, 28, 28))
+        assert 0.44 * full < macs <= 0.5 * full
+        net.fixed = masks
+        with torch.no_grad():
+            torch.testing.assert_close(small(found["input"]), net(found["input"]), rtol=1e-5, atol=1e-5)
+        net.fixed = None
+
+
+def test_networks_of_fewer_tokens_are_saved_and_follow_the_image_size(tmp_path):
+    net = randomised("test_vit", img_size=64, patch_size=8, tokens=True)
+    small = net.shrink(net.shaped(net.masks({"attention": 0.7, "mlp": 0.7, "tokens": 0.5})))
+    timm_resnas.save_pretrained(small, tmp_path / "small", data_config={"input_size": [3, 64, 64]})
+    again = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+    # every patch of twice the grid asks the one that it lies in
+    larger = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True, img_size=128).eval()
+    again.set_input_size(img_size=128)
+    kept = [p for p in range(64) if p in set(small.positions[0])]
+    wanted = [i * 16 + j for i in range(16) for j in range(16) if (i // 2) * 8 + j // 2 in kept]
+    assert larger.kept_0.tolist() == again.kept_0.tolist() == wanted
+    with torch.no_grad():
+        assert larger(torch.randn(1, 3, 128, 128)).isfinite().all()
+        maps = small.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+    with pytest.raises(AssertionError, match="see set_input_size"):
+        small(torch.randn(1, 3, 128, 128))
+    gone = [p for p in range(64) if p not in small.positions[-1]]
+    assert maps.flatten(2)[:, :, gone].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "name, given, message",
+    [
+        ("test_vit", dict(blocks=[1], positions=[[0, 4]]), "rising numbers of patches from 0 to 3"),
+        ("test_vit", dict(blocks=[1, 2], positions=[[0], [1]]), "each within the one before"),
+        ("test_vit", dict(blocks=[9]), "blocks must be rising numbers"),
+        ("test_vit", dict(grid=[2]), "grid must be a height and a width"),
+        ("vit_base_patch16_siglip_224", {}, "the classifier must read the class token alone"),
+    ],
+)
+def test_positions_that_do_not_fit(name, given, message):
+    model = timm.create_model(name, img_size=32)
+    with pytest.raises(ValueError, match=message):
+        timm_resnas.reduce_tokens(model, "positions", **given)
+    with pytest.raises(ValueError, match="leave out the class token"):
+        net = randomised("test_vit", img_size=32, tokens=True)
+        masks = net.masks({})
+        net.shrink(masks._replace(tokens=tuple(mask & (torch.arange(5) > 0) for mask in masks.tokens)))

@@ -103,6 +103,20 @@ def test_two_processes(runs, tmp_path):
     assert results["processes"] == 2 and results["best"]["macs"] <= results["budget"]["macs"]
 
 
+def test_with_fewer_tokens(runs, tmp_path):
+    folder = tmp_path / "run"
+    runs.run(folder, "--img-size", "64", "--mask-tokens", "0.5", "--budget", "macs=50%")
+    results = results_of(folder)
+    best = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+    assert json.loads((folder / "best" / "config.json").read_text())["architecture"] == "vit_tokens"
+    tokens = results["best"]["tokens"]
+    with torch.no_grad():
+        assert best.forward_features(torch.randn(1, 3, 64, 64)).shape[1] == tokens[-1] < 17
+    assert count_macs(best, (3, 64, 64)) == results["best"]["macs"] == results["networks"]["found, fine-tuned"]["macs"]
+    assert 0.9 * results["budget"]["macs"] < results["best"]["macs"] <= results["budget"]["macs"]
+    assert f"Tokens of its blocks: {tokens[0]}, " in (folder / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -241,8 +241,8 @@ BASES = {
     }.items()
 }
 WITH_CLASS_TOKEN = [n for n in BASES if n not in ("vit_little_patch16_reg4_gap_256", "vit_base_patch16_siglip_224")]
-CASES = [(n, m) for n in BASES for m in METHODS if m != "ats" or n in WITH_CLASS_TOKEN]
-NEW = {"dynamicvit": "score_predictor.", "ats": "none", "patchmerger": "patch_merger."}
+CASES = [(n, m) for n in BASES for m in METHODS if m not in ("ats", "positions") or n in WITH_CLASS_TOKEN]
+NEW = {"dynamicvit": "score_predictor.", "ats": "none", "positions": "none", "patchmerger": "patch_merger."}
 
 
 def make(name, **more):
@@ -269,7 +269,7 @@ def test_stays_what_it_was(name, method):
     assert model.pretrained_cfg["architecture"] == "vit_tokens" and base.pretrained_cfg["architecture"] == name
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
     assert not unexpected and all(key.startswith(NEW[method]) for key in missing)
-    assert bool(missing) == (method != "ats")
+    assert bool(missing) == (NEW[method] != "none")
     assert_close({k: v for k, v in model.state_dict().items() if k in base.state_dict()}, base.state_dict())
     assert base.no_weight_decay() == model.no_weight_decay()
     assert type(unreduced(model)) is type(base)
@@ -510,7 +510,7 @@ def test_exported(method):
 @pytest.mark.parametrize(
     ("name", "method", "options", "message"),
     [
-        ("deit_tiny_patch16_224", "tome", {}, "method must be dynamicvit, ats, patchmerger, got 'tome'"),
+        ("deit_tiny_patch16_224", "tome", {}, "method must be dynamicvit, ats, patchmerger, positions, got 'tome'"),
         ("deit_tiny_patch16_224", "dynamicvit", dict(locations=[3, 1]), "locations must be rising .* from 0 to 3"),
         ("deit_tiny_patch16_224", "dynamicvit", dict(locations=[4]), "locations must be rising .* from 0 to 3"),
         ("deit_tiny_patch16_224", "dynamicvit", dict(keep_ratios=[0.5, 0.7, 0.3]), "none higher than the one before"),

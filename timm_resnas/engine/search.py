@@ -70,7 +70,7 @@ OF_STEPS = (  # options
 )
 OF_GENERATIONS = ("population", "iterations", "parents", "mutations", "crossovers", "mutation_prob")
 OF_SLIMMING = ("gain", "slim_step", "together")
-OF_MASKS = ("mask_epochs", "mask_attention", "mask_prices", "mask_lr")
+OF_MASKS = ("mask_epochs", "mask_attention", "mask_prices", "mask_tokens", "mask_lr")
 FINALISTS = 10  # networks that are measured until one is within a latency budget
 NEAR = 0.02  # points of a front whose costs are this near are one network to a user
 RECHECKED = 20  # candidates stopped by pre-screening that are scored in full, for the report

@@ -285,6 +285,13 @@ class SearchOptions(SupernetOptions):
     mask_prices: list[float] | None = option(
         None, "of attention and MLP masks (default: the paper's 2e-4 5e-5)", metavar="X", range=NOT_NEGATIVE
     )
+    mask_tokens: float | None = option(
+        None,
+        "also mask tokens, and keep this share of their masks; more tokens stay, for what a later block uses is kept "
+        "before it",
+        metavar="SHARE",
+        range="(0, 1]",
+    )
     mask_lr: float | None = option(
         None,
         "learning rate of masks (default: above --lr where steps are few, so that masks can go as far as in the paper)",

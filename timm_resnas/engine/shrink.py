@@ -263,9 +263,11 @@ def _by_masks(
     model = open_model(str(full), pretrained=True).to(accelerator.device)
     chosen = _train_options(options, pretrained=True)
     net = train_masks(options, chosen, accelerator, run.part("masks"), model, data)
-    masks = net.within(budget)
+    masks = net.within(budget, options.mask_tokens)
     arch = net.arch(masks)
     best = {**arch.record(), "key": arch.key(), **net.costs(masks)}
+    if masks.tokens is not None:
+        best["tokens"] = [int(mask.sum()) for mask in masks.tokens]
     return {"best": best, "finalists": [], "kept_latency": True}, net.shrink(masks)
 
 

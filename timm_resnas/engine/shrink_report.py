@@ -93,6 +93,8 @@ def markdown(results: dict[str, Any], table: str) -> str:
             f"Masks on attention and MLP were trained with the model for {epochs['masks']} epochs; of each kind, those "
             f"above one threshold are left, which bisection sets so that the network is within the budget."
         )
+        if tokens := results["best"].get("tokens"):
+            how += f" Tokens of its blocks: {', '.join(map(str, tokens))}; the layers below are listed with all."
         made = "for even and random cuts heads and hidden units were ranked, and layers repaired in closed form, on"
     late = "" if results["kept_latency"] else (
         "**None of the finalists keeps the latency limit when measured end to end**; the fastest was taken."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ..families.slim_masks import MaskedViT
+from ..models.vit_tokens import reduce_tokens
 from ..nas.cost import Budget
 from ..tasks import SLIM_PRICES, SlimMaskTask
 from .run import Run, RunError
@@ -35,7 +37,7 @@ class MaskTraining(ModelTraining):
     def make_task(self, options: TrainOptions, model: nn.Module, device: torch.device) -> TrainingTask:
         """See `ModelTraining.make_task`."""
         given = self.search_options.mask_prices
-        prices = SLIM_PRICES if given is None else dict(zip(("attention", "mlp"), given, strict=True))
+        prices = dict(SLIM_PRICES) | dict(zip(("attention", "mlp"), given or (), strict=False))
         return SlimMaskTask(
             model, criterion_kwargs=dict(smoothing=options.smoothing), prices=prices, device=device, verbose=False
         )
@@ -84,7 +86,14 @@ def check_masks(options: SearchOptions, model: nn.Module, budget: Budget | None)
         raise RunError("--keep-ratios is of searches that score candidates; --search slim-masks keeps all tokens")
     if options.elastic_epochs:
         raise RunError("--elastic-epochs is of searches that score candidates; --search slim-masks scores none")
-    MaskedViT(model, options.mask_attention).check_budget(budget)
+    if options.mask_tokens is not None:
+        reduce_tokens(model, "positions")  # whether it can be without some
+    masked(options, copy.deepcopy(model)).check_budget(budget)
+
+
+def masked(options: SearchOptions, model: nn.Module) -> MaskedViT:
+    """The model with the masks that the options ask for."""
+    return MaskedViT(model, options.mask_attention, tokens=options.mask_tokens is not None)
 
 
 def train_masks(
@@ -109,7 +118,7 @@ def train_masks(
         weight_decay=WEIGHT_DECAY,
         eval_every=options.mask_epochs,
     )
-    net = MaskedViT(model.train(), options.mask_attention)
+    net = masked(options, model.train())
     training = MaskTraining(chosen, options, accelerator, run, net, data, None)
     run.print(
         f"\n{run.folder.name}: {chosen.epochs} epochs of {training.steps} steps, the network and its masks"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,11 @@ from torch.func import functional_call
 
 from ..arch import Part
 from ..models.narrow import Branch, NarrowError, branches
+from ..models.token_positions import TokenPositions
+from ..models.token_reduction import TokenError, reduce_in_place
+from ..models.vit_tokens import reduce_tokens
 from ..nas.cost import Budget, BudgetError, format_cost
+from ..nas.count import count_macs
 from .elastic import space_of
 from .elastic_space import HIDDEN_MULTIPLE, HIDDEN_STEPS, ElasticArch
 
@@ -27,7 +31,7 @@ KINDS = ("attention", "mlp", "tokens")
 ATTENTION = ("entries", "heads", "uniform")
 TOKENS_START = 3.0  # tanh of it is 0.995
 ENTRIES_MULTIPLE = 8  # of a head, where it has several times as many: kernels are slow at odd widths
-BISECTIONS = 40
+BISECTIONS = 24
 _NOT_MASKED = ("gate", "norm", "relative_position_bias_table")  # of an attention; what it reads is zero anyway
 
 
@@ -257,7 +261,7 @@ class MaskedViT(nn.Module):
 
     @torch.no_grad()
     def shaped(self, masks: Masks) -> Masks:
-        """The nearest masks that a `vit_elastic` holds without padding: see `rectangle`; widths in multiples of 8."""
+        """The nearest masks that a network holds: see `rectangle`; widths in multiples of 8; the class token stays."""
         attention, mlp = [], []
         for i, (mask, hidden) in enumerate(zip(masks.attention, masks.mlp, strict=True)):
             if self.granularity == "entries" and mask.numel():
@@ -270,7 +274,15 @@ class MaskedViT(nn.Module):
                 order = self._soft("mlp", i).argsort(descending=True, stable=True)[:keep]
                 hidden = torch.zeros_like(hidden).index_fill_(0, order, True)
             mlp.append(hidden)
-        return masks._replace(attention=tuple(attention), mlp=tuple(mlp))
+        tokens = masks.tokens
+        if tokens is not None:
+            tokens = tuple(mask.clone() for mask in tokens)
+            least = self._soft("tokens", len(tokens) - 1)[self.model.num_prefix_tokens :, 0].argmax()
+            for mask in tokens:  # and one patch
+                mask[: self.model.num_prefix_tokens] = True
+                mask[self.model.num_prefix_tokens + least] |= not mask[self.model.num_prefix_tokens :].any()
+            tokens = tuple(monotone(tokens))
+        return Masks(tuple(attention), tuple(mlp), tokens)
 
     def _soft(self, kind: str, block: int) -> torch.Tensor:
         fixed, self.fixed = self.fixed, None
@@ -296,10 +308,14 @@ class MaskedViT(nn.Module):
                     f"{format_cost(name, least[name])}, above the budget's {format_cost(name, limit)}"
                 )
 
-    def within(self, budget: Budget) -> Masks:
-        """Masks of the largest share, the same of attention and MLP, whose network is within a budget.
+    def within(self, budget: Budget, tokens: float | None = None) -> Masks:
+        """Masks of the largest share, the same of all kinds, whose network is within a budget.
 
         Found by bisection: no network is scored. Its lower band is not used.
+
+        Args:
+            budget: Limits.
+            tokens: Share of token masks that is kept, whatever that of the others; before they are made monotone.
 
         Raises:
             BudgetError: See `check_budget`; or not even the smallest share is within it, for masks are alike.
@@ -307,7 +323,10 @@ class MaskedViT(nn.Module):
         self.check_budget(budget)
 
         def at(share: float) -> tuple[Masks, dict[str, int]]:
-            masks = self.shaped(self.masks({"attention": share, "mlp": share}))
+            shares = {kind: share for kind in KINDS if len(getattr(self, kind))}
+            if tokens is not None:
+                shares["tokens"] = tokens
+            masks = self.shaped(self.masks(shares))
             return masks, self.costs(masks)
 
         def holds(costs: Mapping[str, int]) -> bool:
@@ -354,20 +373,47 @@ class MaskedViT(nn.Module):
         return ElasticArch(self.space.base, tuple(widths))
 
     def costs(self, masks: Masks | None = None) -> dict[str, int]:
-        """``macs``, ``params`` and ``memory`` of the network that masks leave, see `SearchSpace.costs`."""
-        return self.arch(masks).costs(**self.space.model_args)
+        """``macs``, ``params`` and ``memory`` of the network that masks leave, see `SearchSpace.costs`.
+
+        With fewer tokens MACs are counted, and memory is that of the network with all of them.
+        """
+        arch = self.arch(masks)
+        costs = arch.costs(**self.space.model_args)
+        if masks is not None and _drops(masks):
+            with torch.device("meta"):
+                small = arch.create(**self.space.model_args)
+                small = reduce_in_place(small, TokenPositions.method, **self._positions(masks))
+            size = (self.space.model_args["in_chans"], *self.space.model_args["img_size"])
+            costs["macs"] = count_macs(small, size)
+        return costs
+
+    def _positions(self, masks: Masks) -> dict[str, Any]:
+        """Options of `TokenPositions`."""
+        prefix = self.model.num_prefix_tokens
+        if not all(bool(mask[:prefix].all()) for mask in masks.tokens):
+            raise TokenError("masks leave out the class token or a register; a network keeps them, see `shaped`")
+        blocks, positions, count = [], [], len(masks.tokens[0]) - prefix
+        for i, mask in enumerate(masks.tokens):
+            kept = mask[prefix:].nonzero()[:, 0].tolist()
+            if len(kept) < count:
+                blocks.append(i)
+                positions.append(kept)
+                count = len(kept)
+        return {"blocks": blocks, "positions": positions, "grid": list(self.model.patch_embed.grid_size)}
 
     @torch.no_grad()
     def shrink(self, masks: Masks) -> nn.Module:
         """The network that masks leave, as a `vit_elastic` with logits equal to the masked one's.
 
-        Where heads of a block keep different numbers of entries, all are as wide as the widest, with zeros.
+        Where heads of a block keep different numbers of entries, all are as wide as the widest, with zeros. With fewer
+        tokens it is a `vit_tokens`.
 
         Raises:
-            ValueError: The masks leave out tokens, which are still there in a vit_elastic.
+            TokenError: Masks leave out a class token or a register, or a part of the network reads what they leave out.
         """
-        if masks.tokens is not None and not all(bool(mask.all()) for mask in masks.tokens):
-            raise ValueError("a vit_elastic has all tokens; shrink masks that keep them, masks._replace(tokens=None)")
+        if _drops(masks):
+            small = self.shrink(masks._replace(tokens=None))
+            return reduce_tokens(small, TokenPositions.method, **self._positions(masks))
         arch = self.arch(masks)
         cfg = {**self.pretrained_cfg, "architecture": arch.model}
         args = json.loads(json.dumps({**self.space.model_args, "pretrained_cfg": cfg}))
@@ -387,6 +433,10 @@ class MaskedViT(nn.Module):
         names = small.state_dict().keys()
         small.load_state_dict({name: weights[name].clone(memory_format=torch.contiguous_format) for name in names})
         return small.to(param.device, param.dtype).train(self.training)
+
+
+def _drops(masks: Masks) -> bool:
+    return masks.tokens is not None and not all(bool(mask.all()) for mask in masks.tokens)
 
 
 def _made(attn: Branch) -> list[Part]:

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_model_a
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from . import token_positions  # noqa: F401 - its method
 from .narrow import narrow
 from .token_reduction import METHODS, TokenError, TokenReduction, reduce_in_place
 from .vit_elastic import DEFAULT_BASE, base_cfg, check_base, default_cfg, filter_of
