@@ -193,15 +193,22 @@ def test_distilled_training_and_the_whole_batch(make):
 def test_gradient_checkpointing(make):
     """With drop path and dropout, which are drawn again as they were."""
     net = perturbed(make(drop_path_rate=0.3, proj_drop_rate=0.2)).train()
-    archs, results = some(net.space, 2), []
+    archs, results, calls = some(net.space, 2), [], []
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = 0.0
     for enable in (False, True):
         net.set_grad_checkpointing(enable)
         torch.manual_seed(0)
-        results.append(gradients(net, net(images(16), archs=archs).square().sum()))
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        with torch.nn.modules.module.register_module_forward_pre_hook(count):
+            results.append(gradients(net, net(images(16), archs=archs).square().sum()))
     assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+    assert calls[1] > 1.5 * calls[0]  # computed twice
     torch.manual_seed(1)
     other = net(images(16), archs=archs)
     torch.manual_seed(0)
@@ -399,6 +406,9 @@ def test_scores_are_those_of_extracted_networks(make):
     batches = [(images(16, torch.float32, seed=s), torch.arange(16) % 5) for s in range(3)]
     archs = some(space, 4)
     scores = Evaluator(net, batches).score(archs)
+    y = net(images(2, torch.float32), archs=[archs[-1]])  # with gradients, after what was computed without
+    y.sum().backward()
+    assert_close(copy.deepcopy(net)(images(2, torch.float32), archs=[archs[-1]]), y, rtol=0, atol=0)
     assert scores == [count_correct(net.extract(arch), batches)[0] for arch in archs]
     assert len(set(scores)) > 2
 

@@ -267,8 +267,9 @@ class PiecewiseSupernet(Supernet):
         version = sum(0 if p.is_inference() else p._version for p in weights)
         key = (arch.key(), version, weights[0].dtype, weights[0].device)
         if key not in self._statistics:
-            net = self._assemble(arch, {})
-            with _float32(self):
+            # kept for passes with gradients as well
+            with torch.inference_mode(False), torch.no_grad(), _float32(self):
+                net = self._assemble(arch, {})
                 recalibrate(net, self._placed())
             if len(self._statistics) >= _KEPT:
                 self._statistics.pop(next(iter(self._statistics)))
