@@ -190,6 +190,9 @@ class TokenSpace(ElasticSpace):
             _dropping(model, self)
             if model.attn_pool is not None:
                 raise TokenError(f"attn_pool of {base} reads all tokens; its cost for fewer is not known")
+        for i in self.blocks:
+            if not any(plain.choices[i][0]):
+                raise TokenError(f"block {i} has no attention that tells which patches to drop; give other blocks")
         trimmed = [
             (tuple(n for n in heads if n or i not in self.blocks), hidden)
             for i, (heads, hidden) in enumerate(plain.choices)
