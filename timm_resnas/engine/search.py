@@ -89,6 +89,8 @@ def check_options(options: SearchOptions) -> None:
             if getattr(options, name) != getattr(default, name):
                 option = f"--{name.replace('_', '-')}"
                 raise RunError(f"{option} is of --search {kind}; it does not go with --search {options.search}")
+    if options.search == "slim-masks" and options.keep_ratios:
+        raise RunError("--search slim-masks trains masks on tokens itself; it does not go with --keep-ratios")
     if options.search == "slim-masks" and options.model is None:
         raise RunError("--search slim-masks trains masks in a trained vision transformer; name it by --model")
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
