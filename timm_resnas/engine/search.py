@@ -82,6 +82,10 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
+    if options.search == "slim-masks" and options.keep_ratios:
+        raise RunError(
+            "--search slim-masks has masks on tokens of its own (--mask-tokens); it does not go with --keep-ratios"
+        )
     default, kinds = SearchOptions(), {"slimming": OF_SLIMMING, "slim-masks": OF_MASKS}
     for kind, names in {"evolution": OF_GENERATIONS, **kinds}.items():
         own = kind == options.search or kind == "evolution" and options.search not in kinds
@@ -89,8 +93,6 @@ def check_options(options: SearchOptions) -> None:
             if getattr(options, name) != getattr(default, name):
                 option = f"--{name.replace('_', '-')}"
                 raise RunError(f"{option} is of --search {kind}; it does not go with --search {options.search}")
-    if options.search == "slim-masks" and options.keep_ratios:
-        raise RunError("--search slim-masks trains masks on tokens itself; it does not go with --keep-ratios")
     if options.search == "slim-masks" and options.model is None:
         raise RunError("--search slim-masks trains masks in a trained vision transformer; name it by --model")
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
