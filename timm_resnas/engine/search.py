@@ -82,10 +82,6 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
-    if options.search == "slim-masks" and options.keep_ratios:
-        raise RunError(
-            "--search slim-masks has masks on tokens of its own (--mask-tokens); it does not go with --keep-ratios"
-        )
     default, kinds = SearchOptions(), {"slimming": OF_SLIMMING, "slim-masks": OF_MASKS}
     for kind, names in {"evolution": OF_GENERATIONS, **kinds}.items():
         own = kind == options.search or kind == "evolution" and options.search not in kinds
