@@ -204,10 +204,6 @@ def test_tokens_are_searched_as_well(base, runs, tmp_path):
     [
         (["--keep-ratios", "1", "0.5"], "--keep-ratios is for --model"),
         (["--model", "{base}/best", "--keep-ratios", "0.9", "0.5"], "keep_ratios must fall from 1"),
-        (
-            ["--model", "{base}/best", "--search", "slim-masks", "--keep-ratios", "1", "0.5"],
-            "masks on tokens of its own",
-        ),
         (["--model", "{base}/best", "--elastic-epochs", "1", "--num-archs", "1"], "--num-archs 1 is too few"),
         (["--elastic-epochs", "1"], "--elastic-epochs is for --model"),
         (["--model", "{base}/convnet"], "ConvNeXt has no blocks of attention and MLP"),
