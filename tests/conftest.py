@@ -15,7 +15,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 RECIPES_NEED = """
 import importlib, sys
 import matplotlib.backends.backend_agg
+from matplotlib.figure import Figure
 from timm_resnas.data import load_splits
+from timm_resnas.engine import baseline, plots
+# What every run ends with takes a second: fewer trees, and pictures stay blank, which tests have report.py draw.
+baseline.TREES = 10
+plots.save = lambda figure, path: Figure(figsize=figure.get_size_inches()).savefig(path, dpi=130, format="png")
 for name in ("evaluate", "report", "search", "shrink", "supernet", "train"):
     importlib.import_module(f"timm_resnas.engine.{name}")
 load_splits("digits")  # imports what it needs

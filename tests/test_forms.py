@@ -89,7 +89,11 @@ def test_a_number_that_is_not_finite_is_a_failure(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-2:] == ["| test_vit | not finite |", "1 models, 1 forms: 1 failed"]
 
 
-def test_benchmark_of_models(tmp_path, capsys):
+def test_benchmark_of_models(tmp_path, capsys, python, monkeypatch):
+    def run(command, **_):  # memory is that of a new process, which need not import torch
+        return python.run("import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')", *command[1:])
+
+    monkeypatch.setattr(benchmark_models.subprocess, "run", run)
     file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
     args = ["vit_resnas", "--baseline", "test_vit", "--img-size", "112"]
     args += ["--batch-size", "2", "--rounds", "2", "--threads", "1", "--json", str(file), "--picture", str(picture)]

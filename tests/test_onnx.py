@@ -1,8 +1,6 @@
 """Networks as ONNX graphs, and their times in ONNX Runtime."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -91,7 +89,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
         open_session(tmp_path / "m.onnx", provider="SlowExecutionProvider")
 
 
-def test_packages_are_optional():
+def test_packages_are_optional(python):
     """Without them nothing else breaks, and a sentence says what to install."""
     code = """
 import sys
@@ -108,7 +106,7 @@ except ImportError as e:
 else:
     raise AssertionError
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python.run(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,7 +16,6 @@ from recipes import report as report_recipe
 from recipes import search as recipe
 from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits
-from timm_resnas.engine import shrink
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -120,26 +119,24 @@ def test_the_score_is_the_agreement_of_the_repaired_network_with_the_full_one(sh
     assert record["repaired"] / 65536 == pytest.approx(expected.item(), rel=1e-2, abs=1e-3)
 
 
-def test_a_model_for_any_image_size_is_priced_at_the_size_of_the_images(base, tmp_path, capsys, monkeypatch):
+def test_a_model_for_any_image_size_is_priced_at_the_size_of_the_images(recipe_server, tmp_path):
     """Its own is 160 pixels, those of its position embedding 32; the option says 48."""
-    monkeypatch.setattr(shrink, "ROUNDS", 1)
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, num_classes=10, dynamic_img_size=True)
     timm_resnas.save_pretrained(model, tmp_path / "model", label_names=list(map(str, range(10))))
-    argv = [*QUICK, "--model", str(tmp_path / "model"), "--img-size", "48", "--epochs", "0", "--finetune-epochs", "0"]
-    recipe.main([*argv, "--output", str(tmp_path), "--name", "run"])
+    given = ["--model", str(tmp_path / "model"), "--img-size", "48", "--epochs", "0", "--finetune-epochs", "0"]
+    given += ["--population", "4", "--iterations", "1", "--num-random", "0"]
+    Recipe(recipe_server, "search", QUICK).run(tmp_path / "run", *given)
     results = results_of(tmp_path / "run")
     assert results["space_dict"]["model_args"]["img_size"] == [48, 48]
     assert results["networks"]["found, repaired"]["macs"] == results["best"]["macs"]
 
 
-def test_killed_at_five_moments(runs, shrunk, tmp_path):
+def test_killed_at_three_moments(runs, shrunk, tmp_path):
     folder = tmp_path / "killed"
     moments = [
-        lambda: (folder / "config.yaml").exists(),
         lambda: (folder / "full" / "best" / "config.json").exists(),
         lambda: (scores := folder / "state" / "scores-0.jsonl").exists() and scores.read_bytes().count(b"\n") >= 9,
-        lambda: (folder / "history.jsonl").exists(),
         lambda: (folder / "state" / "winner.json").exists(),
     ]
     for moment in moments:
@@ -154,7 +151,7 @@ def test_killed_at_five_moments(runs, shrunk, tmp_path):
 
 def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
     """The full model is not trained, for gradients of two processes are summed in another order."""
-    given = ["--epochs", "0", "--finetune-epochs", "0"]
+    given = ["--epochs", "0", "--finetune-epochs", "0", "--num-random", "1"]
     runs.run(tmp_path / "one", *given)
     runs.run_two(tmp_path / "two", *given)
     assert history_of(tmp_path / "two") == history_of(tmp_path / "one")
@@ -179,15 +176,11 @@ def test_narrower_networks_trained_at_once_and_killed(runs, tmp_path):
     assert results_of(whole)["epochs"] == {"full": 0, "elastic": 2, "finetune": 0}
 
 
-def test_tokens_are_searched_as_well(base, runs, tmp_path):
-    """At an image size of 16 patches; killed while candidates are scored, and with sub-networks trained at once."""
+def test_tokens_are_searched_as_well(runs, tmp_path):
+    """At an image size of 16 patches, and with sub-networks trained at once."""
     given = ["--epochs", "0", "--finetune-epochs", "1", "--img-size", "64", "--elastic-epochs", "1"]
     given += ["--keep-ratios", "1", "0.75", "0.5", "--budget", "macs=45%"]
     folder = tmp_path / "run"
-    pid = runs.start(folder, *given)
-    scores = folder / "state" / "scores-0.jsonl"
-    wait_until(lambda: scores.exists() and scores.read_bytes().count(b"\n") >= 9, pid, f"{folder}.log")
-    runs.kill(pid)
     runs.run(folder, *given)
     results, history = results_of(folder), history_of(folder)
     assert results["space_dict"]["keep_ratios"] == [1.0, 0.75, 0.5] and results["space_dict"]["blocks"] == [1, 3, 4]

@@ -24,7 +24,8 @@ from timm_resnas.nas.evolution import rank_key
 from timm_resnas.nas.jsonl import read_jsonl
 from timm_resnas.nas.space import SearchSpace
 
-MICRO = SearchSpace.preset("micro", img_size=16)
+NANO = Path(__file__).with_name("nano.json")
+SPACE = SearchSpace.from_dict(json.loads(NANO.read_text()))  # of 16 px
 QUICK = [
     *("--cpu", "--threads", "1", "--search", "slimming", "--budget", "macs=70%", "--slim-step", "0.1"),
     *("--together", "2", "--num-random", "2", "--num-any-cost", "2", "--val-per-class", "6"),
@@ -47,7 +48,7 @@ def results_of(folder):
 def runs(recipe_server, tmp_path_factory):
     """Runs in an untrained supernet."""
     torch.manual_seed(0)
-    net = timm.create_model(MICRO.supernet, space=MICRO.to_dict())
+    net = timm.create_model(SPACE.supernet, space=SPACE.to_dict())
     folder = tmp_path_factory.mktemp("net") / "supernet"
     timm_resnas.save_pretrained(net, folder, label_names=[str(i) for i in range(10)], golden=False)
     return Recipe(recipe_server, "search", [*QUICK, "--supernet", str(folder)])
@@ -65,10 +66,11 @@ def test_the_chain_is_written_as_networks_that_timm_loads(finished):
     front, limit = results["front"], results["budget"]["macs"]
     macs = [p["macs"] for p in front]
     assert macs == sorted(macs) and macs[0] <= limit < macs[1] and results["budget"]["lower"] == 0
-    assert front[-1]["key"] == MICRO.largest.key() == history[0]["key"] and history[0]["origin"] == "start"
+    assert front[-1]["key"] == SPACE.largest.key() == history[0]["key"] and history[0]["origin"] == "start"
     visited = [r["key"] for r in history if r["origin"] in ("start", "step")]
-    chain = [p["key"] for p in reversed(front)]  # a last step of a single action was scored as such
-    assert chain[: len(visited)] == visited and len(visited) > 2 and len(chain) - len(visited) in (0, 1)
+    chain = [p["key"] for p in reversed(front)]  # a step of a single action was scored as such
+    assert [key for key in chain if key in visited] == visited and len(visited) > 2
+    assert set(chain) - set(visited) <= {r["key"] for r in history if r["origin"] == "action"}
     assert sorted(p.name for p in (folder / "pareto").iterdir()) == sorted(str(k + 1) for k in range(len(front)))
     scores = {r["key"]: r["score"] for r in history}
     for k, point in enumerate(front, start=1):
@@ -86,14 +88,14 @@ def test_the_report_shows_the_chain(finished, monkeypatch, capsys):
     from timm_resnas.engine import plots
 
     folder, _ = finished
-    with Image.open(folder / "pareto.png") as image:
-        assert image.size[0] > 500
     text = (folder / "report.md").read_text()
     assert "## The chain: accuracy against MACs" in text and "Front of" not in text
     assert text.count("| pareto/") == len(results_of(folder)["front"])
-    drawn = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({Path(path).name: figure}))
+    drawn, save = {}, plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (save(figure, path), drawn.update({path.name: figure})))
     report_recipe.main([str(folder)])
+    with Image.open(folder / "pareto.png") as image:
+        assert image.size[0] > 500
     axes = drawn["pareto.png"].axes[0]
     labels = {c.get_label(): c for c in axes.collections} | {line.get_label(): line for line in axes.lines}
     front, history = results_of(folder)["front"], read_jsonl(folder / "history.jsonl")
@@ -105,10 +107,9 @@ def test_the_report_shows_the_chain(finished, monkeypatch, capsys):
 
 def test_killed_and_on_two_processes_it_is_the_same_chain(runs, finished, tmp_path):
     folder, scores = tmp_path / "killed", tmp_path / "killed" / "state" / "scores-0.jsonl"
-    for count in (1, 30, 60):
-        pid = runs.start(folder)
-        wait_until(lambda n=count: scores.exists() and scores.read_bytes().count(b"\n") >= n, pid, f"{folder}.log")
-        runs.kill(pid)
+    pid = runs.start(folder)
+    wait_until(lambda: scores.exists() and scores.read_bytes().count(b"\n") >= 20, pid, f"{folder}.log")
+    runs.kill(pid)
     runs.run(folder)
     runs.run_two(tmp_path / "two")
     for other in (folder, tmp_path / "two"):
@@ -125,9 +126,9 @@ def test_ended_early_it_keeps_what_it_has_reached(tmp_path):
     options = resolve(parse(SearchOptions, argv))
     run = Run(options, alone, "")
     run.begin()
-    search = job.make_search(options, MICRO, job.make_budget(options, MICRO), 64)
+    search = job.make_search(options, SPACE, job.make_budget(options, SPACE), 64)
     x, y = torch.randn(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
-    net = timm.create_model(MICRO.supernet, space=MICRO.to_dict())
+    net = timm.create_model(SPACE.supernet, space=SPACE.to_dict())
     ended = job.run_search(options, search, Evaluator(net, [(x, y)]), run, Deadline(1e-9), 8)
     assert ended == "--max-minutes 0.001: ended after 1 steps" and search.best is None
     best, _ = job.choose(search, None, run)
