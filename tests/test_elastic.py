@@ -29,7 +29,13 @@ BASES = {
     "vit_small_patch16_dinov3": dict(img_size=32, depth=2),
     "beit_base_patch16_224": dict(img_size=32, depth=1),
     "cait_xxs24_224": dict(img_size=32, depth=2),
-    "vit_resnas_tiny": dict(img_size=56),
+    "vit_resnas": dict(
+        network_def=[
+            *([5, 24, 8], [1, [24, 3, 8], [24, 48], 1], [3, 24, 32], [1, [32, 4, 8], [32, 64], 1]),
+            *([1, [32, 2, 16], [32, 96], 1], [3, 32, 48], [1, [48, 4, 12], [48, 96], 1], [2, 48, 7]),
+        ],
+        img_size=56,
+    ),
 }
 
 
@@ -124,7 +130,7 @@ def test_gradients_of_groups_are_those_of_each_alone(name):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "vit_resnas_tiny"])
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "vit_resnas"])
 def test_heads_of_fewer_entries_compute_what_the_base_does_without_the_others(name, fused, tmp_path):
     model = make(name)
     widths = [list(own) for own in ElasticSpace(name, num_classes=7, **BASES[name]).largest.widths]

@@ -91,7 +91,8 @@ def test_a_number_that_is_not_finite_is_a_failure(capsys, monkeypatch):
 
 def test_benchmark_of_models(tmp_path, capsys, python, monkeypatch):
     def run(command, **_):  # memory is that of a new process, which need not import torch
-        return python.run("import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')", *command[1:])
+        code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        return python.run(code, *command[1:])
 
     monkeypatch.setattr(benchmark_models.subprocess, "run", run)
     file, picture = tmp_path / "speed.json", tmp_path / "speed.png"

@@ -27,6 +27,7 @@ QUICK = [
     *("--iterations", "2", "--parents", "4", "--mutations", "2", "--crossovers", "2"),
     *("--num-random", "2", "--num-any-cost", "3"),
 ]
+FEW = ["--num-random", "0", "--num-any-cost", "0", "--iterations", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_what_others_do_with_a_published_search(remote, run, python, tmp_path, c
 
     # another search, in the published supernet
     where = ["--output", str(tmp_path), "--name", "again", "--supernet", "hf-hub:alice/digits-supernet"]
-    done = run_python(python, program("search"), reader, *QUICK, *where, "--budget", "macs=30%")
+    done = run_python(python, program("search"), reader, *QUICK, *where, "--budget", "macs=30%", *FEW)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "best" / WEIGHTS).is_file() and not (tmp_path / "again" / "supernet").exists()
 

@@ -488,7 +488,6 @@ def test_sorting_refuses_factored_moments():
         pytest.param(SearchSpace.preset("micro", img_size=32), id="micro"),
         pytest.param(SearchSpace.preset("mini", img_size=32), id="mini"),
         pytest.param(SearchSpace.preset("vit_resnas_tiny", img_size=56), id="tiny"),
-        pytest.param(SearchSpace.preset("vit_resnas_small", img_size=56), id="small"),
     ],
 )
 def test_extracted_networks_compute_what_the_supernet_does(space):
