@@ -100,8 +100,7 @@ def test_hand_counted():
     assert macs(arch, img_size=16, patch_size=8, in_chans=1, num_classes=0) == stem + block + reduction
 
 
-@pytest.mark.parametrize("size", [224, 280])
-@pytest.mark.parametrize("space", ["vit_resnas_tiny", "vit_resnas_small"])
+@pytest.mark.parametrize("space, size", [("vit_resnas_tiny", 224), ("vit_resnas_small", 280)])
 def test_equals_counter_of_built_models(space, size, monkeypatch):
     # neither initial values nor norms and activations count; without them a meta device is three times as fast
     monkeypatch.setattr(VitResNas, "init_weights", lambda self, needs_reset=True: None)

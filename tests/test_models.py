@@ -48,9 +48,10 @@ def entry_module(name: str) -> str:
 
 @functools.cache
 def narrow(name: str) -> dict:
-    """An eighth of the channels, the first two blocks of each stage."""
+    """An eighth of the channels, the first two blocks of each stage; the same for all networks that were searched."""
     network_def, depth = [], 0
-    for kind, *rest in on_meta(name).arch.to_network_def():
+    shown = name if name == "vit_res_tiny" else "vit_resnas_tiny"
+    for kind, *rest in on_meta(shown).arch.to_network_def():
         depth = depth + 1 if kind == 1 else 0
         if kind == 2:
             network_def.append((2, rest[0] // 8, rest[1]))
@@ -152,7 +153,13 @@ FAMILIES = {
         small=dict(img_size=128, embed_dims=(16, 24, 32, 48), depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
     ),
     "models.sret": Family(
-        "NCHW", size=64, pool="max", small=dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1))
+        "NCHW",
+        size=64,
+        pool="max",
+        small=dict(
+            **dict(img_size=64, depths=(2, 4, 2), recursive_num=(1, 2, 1), base_dims=(16, 16, 16)),
+            **dict(num_heads=(2, 4, 8), mlp_ratio=3.0, np_mlp_ratio=2.0),
+        ),
     ),
     "models.uninet": Family(
         "NCHW",
@@ -183,7 +190,13 @@ FAMILIES = {
         ),
         lacks=("fused attention", "another pooling"),
     ),
-    "models.exmobilevit": Family("NCHW", size=64, pool="max", small=dict()),
+    "models.exmobilevit": Family(
+        "NCHW",
+        size=64,
+        pool="max",
+        # that of 928 channels follows from a ratio, others are given
+        small=lambda name: {} if name == "exmobilevit_928" else dict(widths=(32, 64, 480)),
+    ),
     "models.cait_study": Family(
         "NLC", size=64, pool="avg", small=dict(img_size=64, depth=3, embed_dim=96, num_heads=2)
     ),
@@ -196,9 +209,13 @@ ALIKE = {
     for shown, pattern in {
         "autoformer_tiny": "autoformer|autoformer_(small|base)",
         "cait_xs24_224": r"cait_(?!xs24_224)\w+_\d+",
+        "exmobilevit_576": "exmobilevit_640",
         "reformer_tiny": "reformer_small",
         "sepvit_lite": "sepvit_(tiny|small|base)",
+        "sret_tiny": "sret|sret_(ltiny|small)",
+        "sret_tiny_unsliced": "sret_(ltiny|small)_unsliced",
         "uninet_b0": "uninet|uninet_b[1-6]",
+        "vit_resnas_tiny": "vit_resnas|vit_resnas_(small|medium)",
         "vit_resnas_supernet": "vit_resnas_(tiny|small)_supernet",
     }.items()
     for name in ALL
@@ -400,8 +417,9 @@ def test_shapes_and_gradients(name, registered):
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     logits = model.forward_head(features)
     assert logits.shape == (2, cfg.num_classes)
-    logits.mean().backward()
-    assert gradients(model).keys() == {n for n, _ in model.named_parameters()}
+    if name not in ALIKE:  # of others `test_alike` has gradients
+        logits.mean().backward()
+        assert gradients(model).keys() == {n for n, _ in model.named_parameters()}
 
 
 @every_name

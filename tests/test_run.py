@@ -74,7 +74,8 @@ def test_only_one_run_at_a_time(run, tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path, recipe_server):
-    options = ["--cpu", "--threads", "1", "--img-size", "16", "--epochs", "90"]
+    space = str(Path(__file__).with_name("nano.json"))
+    options = ["--cpu", "--threads", "1", "--space", space, "--img-size", "16", "--num-archs", "2", "--epochs", "90"]
     runs = Recipe(recipe_server, "supernet", options)
     pid = runs.start(tmp_path / "run")
     wait_until((tmp_path / "run" / "config.yaml").exists, pid, tmp_path / "run.log")
