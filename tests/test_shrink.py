@@ -125,7 +125,7 @@ def test_a_model_for_any_image_size_is_priced_at_the_size_of_the_images(recipe_s
     model = timm.create_model("test_vit", img_size=32, num_classes=10, dynamic_img_size=True)
     timm_resnas.save_pretrained(model, tmp_path / "model", label_names=list(map(str, range(10))))
     given = ["--model", str(tmp_path / "model"), "--img-size", "48", "--epochs", "0", "--finetune-epochs", "0"]
-    given += ["--population", "4", "--iterations", "1", "--num-random", "0"]
+    given += ["--population", "4", "--iterations", "1", "--num-random", "0", "--val-per-class", "6"]
     Recipe(recipe_server, "search", QUICK).run(tmp_path / "run", *given)
     results = results_of(tmp_path / "run")
     assert results["space_dict"]["model_args"]["img_size"] == [48, 48]
@@ -151,7 +151,7 @@ def test_killed_at_three_moments(runs, shrunk, tmp_path):
 
 def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
     """The full model is not trained, for gradients of two processes are summed in another order."""
-    given = ["--epochs", "0", "--finetune-epochs", "0", "--num-random", "1"]
+    given = ["--epochs", "0", "--finetune-epochs", "0", "--num-random", "1", "--val-per-class", "6"]
     runs.run(tmp_path / "one", *given)
     runs.run_two(tmp_path / "two", *given)
     assert history_of(tmp_path / "two") == history_of(tmp_path / "one")
@@ -162,7 +162,7 @@ def test_two_processes_have_the_history_of_one(runs, shrunk, tmp_path):
 def test_narrower_networks_trained_at_once_and_killed(runs, tmp_path):
     """One training for all sizes: random cuts of a model that knew nothing answer better than by chance."""
     given = ["--epochs", "0", "--finetune-epochs", "0", "--checkpoint-steps", "4", "--iterations", "1"]
-    given += ["--elastic-epochs", "2"]
+    given += ["--elastic-epochs", "2", "--val-per-class", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.run(whole, *given)
     pid = runs.start(killed, *given)
@@ -178,8 +178,8 @@ def test_narrower_networks_trained_at_once_and_killed(runs, tmp_path):
 
 def test_tokens_are_searched_as_well(runs, tmp_path):
     """At an image size of 16 patches, and with sub-networks trained at once."""
-    given = ["--epochs", "0", "--finetune-epochs", "1", "--img-size", "64", "--elastic-epochs", "1"]
-    given += ["--keep-ratios", "1", "0.75", "0.5", "--budget", "macs=45%"]
+    given = ["--epochs", "0", "--finetune-epochs", "0", "--img-size", "64", "--elastic-epochs", "1"]
+    given += ["--keep-ratios", "1", "0.75", "0.5", "--budget", "macs=45%", "--val-per-class", "6", "--num-random", "1"]
     folder = tmp_path / "run"
     runs.run(folder, *given)
     results, history = results_of(folder), history_of(folder)
@@ -189,7 +189,7 @@ def test_tokens_are_searched_as_well(runs, tmp_path):
     arch = Arch.from_record(results["best"]).canonical()
     best = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
     assert json.loads((folder / "best" / "config.json").read_text())["architecture"] == arch.model
-    assert count_macs(best, (3, 64, 64)) == results["best"]["macs"] == results["networks"]["found, fine-tuned"]["macs"]
+    assert count_macs(best, (3, 64, 64)) == results["best"]["macs"] == results["networks"]["found, repaired"]["macs"]
 
 
 @pytest.mark.parametrize(
