@@ -21,7 +21,9 @@ smallest and others (arXiv 1903.05134). `--step nasvit` (NASViT, ICLR 2022) teac
 clips their gradient (`--clip-others`), and from `--project-epoch` on frees the largest network's gradient, parameter by
 parameter, of what conflicts with theirs. With either, `loss` is the largest network's, an image costs a pass through
 each network, `--accumulate` passes differ only in batch norm's statistics, and processes exchange gradients once a
-step.
+step. `--step paths`, with `--space efficientformer` or `efficientformer_micro`, trains the largest network with all
+paths of each block mixed, the weights of the mixture along (EfficientFormer, arXiv 2206.01191; `--path-noise`,
+`--path-temperature`): at the end it prints how probable each path is, and `supernet/paths.json` keeps it.
 
 The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.

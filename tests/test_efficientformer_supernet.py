@@ -34,7 +34,7 @@ SIZE = (64, 32)
 def small_v1(**model_args):
     return EfficientFormerSpace(
         *([[12, 8], [14, 10], [12], [20, 16, 12]], (2, 1, 2, 4), (1, 1, 1, 1), 3),
-        **dict(img_size=SIZE, num_classes=5, layer_scale_init_value=0.5, mlp_ratios=1.5, **model_args),
+        **{**dict(img_size=SIZE, num_classes=5, layer_scale_init_value=0.5, mlp_ratios=1.5), **model_args},
     )
 
 

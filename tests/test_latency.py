@@ -396,6 +396,20 @@ def test_recipe_measures_verifies_and_resumes(tmp_path, capsys):
     assert records.read_bytes() == b"".join(mended)
 
 
+def test_a_space_that_is_measured_whole_leaves_none_to_verify(tmp_path, capsys):
+    from recipes.latency import main
+
+    network = [[0, 8], [1, [8, 2, 4], [8, 8], 1], [2, 8, 3]]
+    choices = [[8], {"attn": [8, 4], "mlp": [8], "layer": None}, None]
+    space = VitResNasSpace(network, choices, img_size=16, patch_size=4)
+    (tmp_path / "space.json").write_text(json.dumps(space.to_dict()))
+    command = ["--space", str(tmp_path / "space.json"), "--output", str(tmp_path / "t.json"), "--rounds", "2"]
+    main([*command, "--min-run-time", "0.0001", "--calibration", "2", "--verify", "4"])
+    assert "none is left to verify" in capsys.readouterr().out
+    table = LatencyTable.load(tmp_path / "t.json")
+    assert "verification" not in table.notes and table.predict(space.largest, **space.model_args) > 0
+
+
 def test_comparison_by_hand():
     from timm_resnas.engine.latency import compare
 

@@ -1,16 +1,21 @@
 """EfficientFormer's blocks as mixtures of paths: against the formula, and against sub-networks."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import timm
 import torch
+from recipe_server import Recipe, wait_for_step
+from safetensors.torch import load_file
 from test_efficientformer_supernet import gradients, images, perturbed, small_v1
 from torch.testing import assert_close
 
+from recipes import supernet as recipe
 from timm_resnas.families.efficientformer_nas import EfficientFormerArch
 from timm_resnas.families.meta_path import MetaPath
+from timm_resnas.hub import load
 
 # places of `small_v1`: two, one, two, four; the first of each stage is always there, the last three can attend
 PATHS = [("pools", "identity"), ("pools", "identity"), *[("attends", "pools", "identity")] * 3]
@@ -158,3 +163,50 @@ def test_bad_arguments(kwargs, message):
         MetaPath(perturbed(small_v1()), **kwargs)
     with pytest.raises(ValueError, match="EfficientFormerSupernet, got a Linear"):
         MetaPath(torch.nn.Linear(1, 1))
+
+
+# -- supernet.py --step paths ------------------------------------------------------------------------------------------
+
+PATHS_STEP = [
+    *("--cpu", "--threads", "1", "--step", "paths", "--space", "efficientformer_micro", "--img-size", "32"),
+    *("--epochs", "1", "--warmup-epochs", "0", "--batch-size", "128", "--calibration", "64"),
+]
+
+
+def test_the_recipe_trains_paths_killed_or_not(recipe_server, tmp_path):
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps(small_v1(img_size=32, num_classes=10).to_dict()))
+    options = [*PATHS_STEP, "--space", str(space), "--checkpoint-steps", "3", "--path-noise", "gumbel"]
+    runs = Recipe(recipe_server, "supernet", options)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert "  paths of stage 4, by place: " in runs.run(straight)
+    pid = runs.start(killed)
+    wait_for_step(killed, 3, pid)
+    runs.kill(pid)
+    runs.run(killed)
+    one, other = (load_file(folder / "supernet" / "model.safetensors") for folder in (straight, killed))
+    assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+    found = [json.loads((folder / "supernet" / "paths.json").read_text()) for folder in (straight, killed)]
+    assert found[0] == found[1]
+    probable = [p for stage in found[0]["probabilities"] for place in stage for p in place.values() if p not in (0, 1)]
+    assert len(set(probable)) > 4  # they were trained
+    net = load(straight / "supernet")
+    net.extract(EfficientFormerArch.from_args(found[0]["most_probable"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--space", "micro"], "--step paths is for blocks of several paths"),
+        (["--num-archs", "2"], "--step paths trains one network a step"),
+        (["--step", "groups", "--path-noise", "none"], "--path-noise is for --step paths, not groups"),
+        (["--sampler", "sandwich"], "--sampler sandwich is for --step groups"),
+        (["--token-labeling"], "--token-labeling is for --step groups and single"),
+    ],
+)
+def test_options_that_paths_do_not_have(given, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([*PATHS_STEP, *given, "--output", str(tmp_path), "--name", "run"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("supernet.py")]
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()

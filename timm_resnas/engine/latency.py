@@ -209,9 +209,13 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
     timer = open_timer(space, conditions, options.min_run_time, graphs)
     records.measure(timer, jobs, options.rounds, "table")
     table = LatencyTable.from_records(space, conditions, jobs, records.list)
+    new: list[Arch] = []
     if options.verify:
         seen = [arch for arch, _ in jobs.values()]
         new = spread_networks(space, options.verify, options.seed + 1, avoid=seen)
+        if not new:
+            print("note: every network of the space was measured for the table; none is left to verify it by")
+    if new:
         verified = {f"verification {i} of {options.verify}": (arch, False) for i, arch in enumerate(new)}
         again = {f"{k}, again": job for k, job in jobs.items() if k.startswith("calibration")}
         records.measure(timer, verified | again, options.rounds, "verification")
@@ -220,7 +224,7 @@ def measure_table(options: LatencyOptions) -> LatencyTable:
     if isinstance(timer, OnnxTimer):
         shutil.rmtree(graphs, ignore_errors=True)
     print(f"\n{table}; measured in {format_minutes(time.monotonic() - begin)}")
-    if options.verify:
+    if new:
         print(report(table, space))
         draw(output.with_suffix(".png"), table, str(conditions))
     print(f"\ntable: {output}; for a search: --latency-table {output} --budget latency=40%")

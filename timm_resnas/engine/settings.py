@@ -119,9 +119,10 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     step: str = option(
         "groups",
         "what a step trains: a sub-network on each group of the batch (ViT-ResNAS), a single one (AutoFormer), on the "
-        "whole batch the largest and, taught by it, the smallest and others (sandwich), or the same with AlphaNet's "
-        "divergence and gradients freed of conflicts (nasvit)",
-        choices=("groups", "single", "sandwich", "nasvit"),
+        "whole batch the largest and, taught by it, the smallest and others (sandwich), the same with AlphaNet's "
+        "divergence and gradients freed of conflicts (nasvit), or all paths of each block, mixed (paths: "
+        "EfficientFormer)",
+        choices=("groups", "single", "sandwich", "nasvit", "paths"),
         basic=True,
     )
     num_archs: int | None = option(
@@ -157,6 +158,12 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
         metavar="N",
         range=NOT_NEGATIVE,
     )
+    path_noise: str = option(
+        "uniform",
+        "of --step paths, added to the paths' parameters: U(0, 1) (as printed), Gumbel's, or none",
+        choices=("uniform", "gumbel", "none"),
+    )
+    path_temperature: float = option(1.0, "of --step paths: of the softmax over paths", metavar="T", range=POSITIVE)
     mode: str = option(
         "sliced", "several sub-networks: each through its slices, or masked (the paper's)", choices=("sliced", "masked")
     )

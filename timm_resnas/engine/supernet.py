@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from ..data import (
@@ -114,6 +115,11 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
         raise RunError(
             f"--token-labeling needs a classifier of patches, which networks of --space {options.space} lack"
         )
+    if options.step == "paths" and not space.mixes:
+        raise RunError(
+            f"--step paths is for blocks of several paths, as in --space efficientformer_micro; those of "
+            f"{options.space or 'micro'} have one"
+        )
     make_sampler(options, space)
     TokenLabelLoss(patch_weight=options.patch_weight)
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
@@ -136,12 +142,12 @@ def check_step(options: SupernetOptions) -> None:
         RunError: They do not.
     """
     step = options.step
-    if step == "single" and num_archs(options) != 1:
-        raise RunError(f"--step single trains one sub-network a step, not --num-archs {options.num_archs}")
+    if step in ("single", "paths") and num_archs(options) != 1:
+        raise RunError(f"--step {step} trains one network a step, not --num-archs {options.num_archs}")
     if step != "groups" and options.sampler != "balanced":
         raise RunError(f"--sampler {options.sampler} is for --step groups; --step {step} has its own draws")
     sandwich = step in ("sandwich", "nasvit")
-    if sandwich and options.token_labeling:
+    if (sandwich or step == "paths") and options.token_labeling:
         raise RunError(f"--token-labeling is for --step groups and single; {step} trains one classifier")
     if options.teacher is not None and not sandwich:
         raise RunError("--teacher is for --step sandwich and nasvit, in which the largest network learns from it")
@@ -150,11 +156,14 @@ def check_step(options: SupernetOptions) -> None:
     for name in ("clip_others", "project_epoch"):
         if getattr(options, name) is not None and step != "nasvit":
             raise RunError(f"--{name.replace('_', '-')} is for --step nasvit, not {step}")
+    for name in ("path_noise", "path_temperature"):
+        if getattr(options, name) != getattr(SupernetOptions(), name) and step != "paths":
+            raise RunError(f"--{name.replace('_', '-')} is for --step paths, not {step}")
 
 
 def num_archs(options: SupernetOptions) -> int:
     """Sub-networks of a step."""
-    return options.num_archs or (1 if options.step == "single" else 4)
+    return options.num_archs or (1 if options.step in ("single", "paths") else 4)
 
 
 def networks_per_image(options: SupernetOptions, space: SearchSpace) -> float:
@@ -253,7 +262,13 @@ class SupernetTraining(Training):
         )
         if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        task = make_task(options, net, data, accelerator.device)
+        self.net, model = net, net
+        if options.step == "paths":
+            model = net.mixture(options.path_noise, options.path_temperature)
+            loss = nn.CrossEntropyLoss(label_smoothing=options.smoothing)
+            task: TrainingTask = ClassificationTask(model, loss, device=accelerator.device, verbose=False)
+        else:
+            task = make_task(options, net, data, accelerator.device)
         self.mix = None
         if options.token_labeling:
             self.mix = TokenMix(net.num_classes, net.grids[-1], smoothing=options.smoothing)
@@ -264,16 +279,20 @@ class SupernetTraining(Training):
         randoms = {f"random {i + 1}": arch for i, arch in enumerate(data.space.sample_many(3, rng))}
         recalibrate(options, net, data, accelerator.device)
         self.references = {"largest": data.space.largest, "smallest": data.space.smallest, **randoms}
-        super().__init__(options, accelerator, run, task, net, loader, make_optimizer(options, net))
+        super().__init__(options, accelerator, run, task, model, loader, make_optimizer(options, model))
 
     def begin_epoch(self, epoch: int) -> None:
         """Channels are put in order of importance while choices open."""
         if self.sort and epoch <= self.options.arch_warmup_epochs:
-            self.model.sort_channels(self.optimizer)
+            self.net.sort_channels(self.optimizer)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int, number: int) -> torch.Tensor:
         """See `Training.loss`; of groups the pass's sub-networks are its share of the step's."""
         options, at = self.options, self.state.step
+        if options.step == "paths":
+            torch.manual_seed(step_seed(options.seed, Stream.DROP_PATH, at, number))
+            with self.accelerator.autocast():
+                return self.task(images, labels)["loss"]
         if options.step == "groups":
             archs = self.sampler.archs(epoch, step, number, self.passes)
         else:
@@ -326,10 +345,10 @@ class SupernetTraining(Training):
         results = []
         for name, arch in list(self.references.items())[rank::world]:
             with self.accelerator.autocast():
-                self.model.eval().set_arch(arch)
-                correct, images = count_correct(self.model, self.batches)
+                self.net.eval().set_arch(arch)
+                correct, images = count_correct(self.net, self.batches)
             results.append((name, correct / images))
-        self.model.set_arch(None)
+        self.net.set_arch(None)
         gathered = dict(gather_object(results) if world > 1 else results)
         return {name: round(gathered[name], 5) for name in self.references}
 
@@ -359,7 +378,7 @@ def train_supernet(
         recalibrate(options, net, data, accelerator.device)
         return net
     training = SupernetTraining(options, accelerator, run, data, net or create_supernet(options, data), sort)
-    net = training.model
+    net = training.net
     run.print(
         f"supernet: {data.space.size():.2g} sub-networks, {sum(p.numel() for p in net.parameters()):,} parameters; "
         f"{options.epochs} epochs of {training.steps} steps, {num_archs(options)} sub-networks per step"
@@ -368,6 +387,7 @@ def train_supernet(
     training.run_epochs()
     training.share_buffers()
     recalibrate(options, net, data, accelerator.device)
+    files = {} if net is training.model else {"paths.json": _paths(training.model, run)}
     if accelerator.is_main_process:
         info = {"space": space.to_dict(), "dataset": options.dataset, "seed": options.seed}
         with full_precision(net):
@@ -377,11 +397,20 @@ def train_supernet(
                 info={**info, "epochs": options.epochs},
                 label_names=data.splits.class_names,
                 data_config=data.config,
-                files=seen_images(data.splits, data.val),
+                files={**seen_images(data.splits, data.val), **files},
             )
         shutil.rmtree(run.state / "training", ignore_errors=True)
     accelerator.wait_for_everyone()
     return net
+
+
+def _paths(mixed: Any, run: Run) -> str:
+    """What a trained mixture says of its blocks: a file's content, and a line of each stage."""
+    stages = mixed.probabilities()
+    for i, stage in enumerate(stages, start=1):
+        shown = ", ".join(" ".join(f"{name} {p:.2f}" for name, p in place.items()) for place in stage)
+        run.print(f"  paths of stage {i}, by place: {shown}")
+    return json.dumps({"probabilities": stages, "most_probable": mixed.arch().args()}, indent=2) + "\n"
 
 
 def seen_images(splits: Splits, val: Sequence[int]) -> dict[str, str]:

@@ -132,6 +132,12 @@ class EfficientFormerSupernet(PiecewiseSupernet, EfficientFormerNas):
             yield Piece("", "", _flat())
         yield Piece("norm", "norm", _norm(dims[LAST]))
 
+    def mixture(self, noise: str, temperature: float) -> nn.Module:
+        """See `Supernet.mixture`: a `MetaPath`."""
+        from .meta_path import MetaPath  # it needs this module
+
+        return MetaPath(self, noise, temperature)
+
     def classify(self, x: torch.Tensor) -> Any:
         """See `PiecewiseSupernet.classify`."""
         return two_heads(self, x.mean(dim=1) if self.global_pool == "avg" else x)

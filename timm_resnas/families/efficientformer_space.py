@@ -448,6 +448,7 @@ class EfficientFormerSpace(StageSpace):
     supernet = "efficientformer_supernet"
     training_args = ("layer_scale_init_value", *RATES)
     vit_stages = (STAGES - 1,)
+    mixes = True
     largest: EfficientFormerArch
     smallest: EfficientFormerArch
 

@@ -93,6 +93,7 @@ class SearchSpace(ABC):
         supernet: Entry point of its supernet: ``timm.create_model(space.supernet, space=space.to_dict())``.
         presets: Named spaces: functions of model arguments.
         training_args: Names of the model arguments that only training uses.
+        mixes: Whether blocks have several paths, see `Supernet.mixture`.
         searched: The genes that leave a choice, in network order.
         largest: The network of all largest choices.
         smallest: The network of all least choices, what can be absent absent.
@@ -103,6 +104,7 @@ class SearchSpace(ABC):
     supernet: ClassVar[str]
     presets: ClassVar[Mapping[str, Callable[..., SearchSpace]]] = {}
     training_args: ClassVar[tuple[str, ...]] = ()
+    mixes: ClassVar[bool] = False
     _families: ClassVar[dict[str, type[SearchSpace]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -116,6 +116,15 @@ class Supernet(nn.Module, ABC):
     def stand_alone(self, arch: Any) -> tuple[Arch, dict[str, Any]]:
         """The architecture that an extracted network is created from, and the other arguments of that."""
 
+    def mixture(self, noise: str, temperature: float) -> nn.Module:
+        """The network with all paths of each block mixed, where the space `mixes`; it trains like a classifier, and has
+        ``probabilities()`` of the paths and the `arch` of the most probable ones.
+
+        Raises:
+            ValueError: Blocks have one path, or a setting is out of range.
+        """
+        raise ValueError(f"blocks of a {type(self).__name__} have one path each; there is nothing to mix")
+
     # -- written once ------------------------------------------------------------------------------------------------
 
     def set_arch(self, arch: Any | None) -> None:
