@@ -331,10 +331,18 @@ def test_trains(name, method):
     assert all(g.isfinite().all() for g in grads[0].values())
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_nothing_dropped_is_the_base_bit_for_bit(name, monkeypatch):
-    base = make(name)
-    x = images(base)
+USUAL = [  # sides of photographs
+    ("deit_tiny_patch16_224", dict(patch_size=16, img_size=224)),
+    ("deit_tiny_patch16_224", dict(patch_size=16, img_size=(224, 336))),
+    ("vit_small_patch14_reg4_dinov2", dict(patch_size=14, img_size=336)),
+    ("vit_base_patch16_siglip_224", dict(patch_size=16, img_size=336)),
+]
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in BASES), *USUAL])
+def test_nothing_dropped_is_the_base_bit_for_bit(name, more, monkeypatch):
+    base = make(name, **more)
+    x = images(base, n=1 if more else 3)
     with torch.inference_mode():
         logits = base(x)
         assert torch.equal(timm_resnas.reduce_tokens(base, keep_ratios=1.0)(x), logits)

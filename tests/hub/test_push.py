@@ -8,6 +8,7 @@ import timm
 import torch
 from hub_client import ROOT, fetch, run_python, send
 
+import timm_resnas
 from timm_resnas.hub import (
     CONFIG,
     GOLDEN,
@@ -47,7 +48,9 @@ def test_fresh_process_with_plain_timm_gives_the_stored_logits(remote, folder, p
     supernet = timm.create_model("vit_resnas_supernet", space="micro").eval()
     send(remote, folder)
     send(remote, supernet, "alice/super", label_names=list("abcdefghij"))
-    done = run_python(python, FRESH, remote.env(tmp_path / "home"), "alice/net", "alice/super")
+    fewer = timm_resnas.reduce_tokens(timm.create_model("test_vit", num_classes=10), "ats").eval()
+    send(remote, fewer, "alice/tokens", label_names=list("abcdefghij"))
+    done = run_python(python, FRESH, remote.env(tmp_path / "home"), "alice/net", "alice/tokens", "alice/super")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"equal VitResNasSupernet {list('abcdefghij')}"
 
