@@ -102,3 +102,36 @@ def test_the_best_of_all_with_tokens(share):
     assert score(found) == pytest.approx(max(map(score, within)))
     even = uniform(space, budget)
     assert even is None or even.keep_ratios == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["macs", "params"])
+def test_no_room_above_the_smallest(space, name):
+    """A limit at the smallest network's own cost leaves it alone."""
+    loss = Losses([np.arange(len(gene.choices), dtype=float) for gene in space.genes], np.zeros(1))
+    least, _ = space.cost_range(name)
+    assert knapsack(space, loss, Budget(**{name: least}, lower=0)) == space.smallest
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_wider_may_be_faster_than_the_smallest(share):
+    """Measured latency need not fall with the width."""
+    space = ElasticSpace("test_vit", [[[2, 1], [192, 96, 48]]] * 2 + [[[2], [192]]] * 4, img_size=32)
+    at = {}
+    rng = np.random.default_rng(1)
+    space.price("latency_ms", lambda layer: at.setdefault(layer, int(rng.integers(1e6, 5e6))), unit=10**6)
+    rows = np.array(list(itertools.product(*(range(len(gene.choices)) for gene in space.genes))), np.int8)
+    costs = space.table("latency_ms").cost(rows)
+    assert costs.min() < space.costs(space.smallest)["latency_ms"]
+    budget = Budget(latency_ms=costs.min() + share * np.ptp(costs), lower=0)
+    loss = [np.arange(len(gene.choices), dtype=float) ** 2 for gene in space.genes]
+    total = [sum(values[i] for values, i in zip(loss, row, strict=True)) for row in rows]
+    found = knapsack(space, Losses(loss, np.zeros(1)), budget)
+    assert not budget.check(space.costs(found))
+    best = min(t for t, cost in zip(total, costs, strict=True) if cost <= budget.limits["latency_ms"])
+    assert sum(v[i] for v, i in zip(loss, space.encode(found), strict=True)) == best
+
+
+def test_uniform_where_the_largest_network_lacks_branches():
+    space = ElasticSpace("test_vit", [[[0], [192, 96, 48, 0]], [[2, 1, 0], [0]]] * 3, img_size=32)
+    even = uniform(space, Budget(macs=space.cost_range("macs")[1]))
+    assert even == space.largest

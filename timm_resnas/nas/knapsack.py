@@ -90,11 +90,14 @@ def losses(space: SearchSpace, scores: Sequence[float]) -> Losses:
 
 
 def _gene_costs(space: SearchSpace, name: str, fixed: np.ndarray) -> tuple[float, list[np.ndarray]]:
-    """Cost of the smallest choices together, and what each choice of each gene adds to it, [1] for shared genes."""
+    """Least cost, and what each choice of each gene adds to it, [1] for shared genes.
+
+    A measured latency may be less for a wider choice than for the smallest.
+    """
     table, shared = space.table(name), shared_genes(space)
     last = np.array([len(gene.choices) - 1 for gene in space.genes], np.int8)
     last[shared] = fixed[shared]
-    base = table.cost(last[None])[0]
+    base = least = table.cost(last[None])[0]
     added = []
     for g, gene in enumerate(space.genes):
         if g in shared:
@@ -102,8 +105,10 @@ def _gene_costs(space: SearchSpace, name: str, fixed: np.ndarray) -> tuple[float
             continue
         rows = np.repeat(last[None], len(gene.choices), axis=0)
         rows[:, g] = range(len(gene.choices))
-        added.append(table.cost(rows) - base)
-    return float(base), added
+        more = table.cost(rows) - base
+        added.append(more - more.min())
+        least += more.min()
+    return float(least), added
 
 
 def knapsack(space: SearchSpace, loss: Losses, budget: Budget, power: float = 1.0) -> Arch | None:
@@ -131,11 +136,12 @@ def _knapsack(
     base, added = _gene_costs(space, name, fixed)
     if base > limit:
         return None
-    room = max(limit - base, 1e-12)
+    room = limit - base
     best = np.zeros(BINS + 1)  # least loss of the genes so far within each part of the room
     picks = []
     for cost, own in zip(added, loss, strict=True):
-        weights = np.ceil(cost / room * BINS - 1e-9).astype(int)
+        shares = np.divide(cost, room, out=np.where(cost > 0, np.inf, 0.0), where=room > 0)
+        weights = np.ceil(np.minimum(shares, 2) * BINS - 1e-9).astype(int)  # what does not fit may be any number
         options = np.full((len(weights), BINS + 1), np.inf)
         for i, weight in enumerate(weights):
             if weight <= BINS:
@@ -186,7 +192,8 @@ def uniform(space: SearchSpace, budget: Budget) -> Arch | None:
             if g in shared:
                 row.append(0)
                 continue
-            kept = [i for i, n in enumerate(gene.choices) if n]  # nothing is left out whole
+            # nothing is left out whole, but what the largest network lacks
+            kept = [i for i, n in enumerate(gene.choices) if n] or [0]
             row.append(min(kept, key=lambda i: abs(gene.choices[i] - share * gene.choices[0])))
         rows = np.array([row], np.int8)
         if all(space.table(name).cost(rows)[0] <= limit for name, limit in budget):
