@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import pickle
 import re
 
 import numpy as np
@@ -398,6 +399,36 @@ def test_each_sub_network_has_its_own_statistics(make):
         inside = half._statistics_of(arch)
     half._statistics.clear()
     assert_close(inside, half._statistics_of(arch), rtol=0, atol=0)
+
+
+def test_pickled_with_statistics():
+    net, arch, x = perturbed(small_v1()), small_v1().smallest, images(3)
+    net.recalibrate([images(8, seed=4)])
+    net.set_arch(arch)
+    with torch.no_grad():
+        assert_close(pickle.loads(pickle.dumps(net))(x), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_statistics_of_a_copy_are_of_its_weights(assign):
+    """Counters of changes start anew in a copy, so that they may say the same of other weights."""
+    space, x = small_v1(), images(3)
+    net, other = perturbed(space), perturbed(space)
+    arch = space.smallest
+    with torch.no_grad():
+        for param in other.parameters():
+            param.copy_(param.flip(0))
+        net = copy.deepcopy(net)
+        net.load_state_dict(net.state_dict(), assign=assign)
+        net.recalibrate([images(8, seed=4)])
+        net.set_arch(arch)
+        before = net(x)
+        net = net if assign else copy.deepcopy(net)
+        net.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
+        other.recalibrate([images(8, seed=4)])
+        other.set_arch(arch)
+        assert_close(net(x), other(x), rtol=0, atol=0)
+        assert not torch.allclose(net(x), before)
 
 
 @BOTH

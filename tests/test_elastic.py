@@ -1,5 +1,6 @@
 """Any timm ViT as a supernet: what is cut equals what is masked, costs are those of built models, repair repairs."""
 
+import copy
 import json
 
 import numpy as np
@@ -331,6 +332,29 @@ def test_repair_of_other_weights_is_not_used():
         for layer in net.elastic_layers():
             part = small.get_submodule(layer.branch.units.name)
             assert torch.equal(part.fc2.bias if hasattr(part, "fc2") else part.proj.bias, layer.last.bias)
+
+
+def test_repair_goes_along_with_copies_and_moves():
+    net = timm_resnas.elastic(make("test_vit")).eval()
+    x = images(net, 32)
+    net.calibrate([x])
+    arch = ElasticArch("test_vit", tuple((h, 96) for h, _ in net.space.largest.widths))
+    with torch.no_grad():
+        net.set_arch(arch)
+        repaired = net(x)
+        again = copy.deepcopy(copy.deepcopy(net))
+        assert torch.equal(again(x), repaired)
+        torch.testing.assert_close(again.double()(x.double()).float(), repaired, rtol=1e-5, atol=1e-5)
+        # but not to other weights, also where only a bias is another
+        for layer in net.elastic_layers():
+            layer.last.bias.add_(1.0)
+        changed = net(x)
+        plain = copy.deepcopy(net)
+        for layer in plain.elastic_layers():
+            assert layer.reader is None
+        assert torch.equal(plain(x), changed)
+        again.float().load_state_dict(net.state_dict(), assign=True)
+        assert torch.equal(again(x), changed)
 
 
 def test_repair_of_one_layer_brings_it_nearer():

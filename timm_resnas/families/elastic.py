@@ -27,6 +27,7 @@ from ..nas.elastic import zero_grads_for
 from ..nas.repair import Moments, Reader, correction
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
+from ..nas.unchanged import Unchanged
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
 __all__ = [
@@ -52,12 +53,14 @@ class ElasticLayer(nn.Module):
         branch: Its units.
         in_force: Number of units for each of as many equal groups of the batch; None: all.
         reader: Repaired weights for any number of units, used while no gradients are asked for.
+        read: The layer's weights that the reader was made for.
         repairing: While a network is repaired: collects corrections.
     """
 
     branch: Branch
     in_force: tuple[int, ...] | None
     reader: Reader | None
+    read: Unchanged
     repairing: dict[str, torch.Tensor] | None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -131,15 +134,24 @@ class ElasticLayer(nn.Module):
 
         Once the weights change, what was found for others is dropped.
         """
-        if self.reader is not None and self.reader.version != self.last.weight._version:
+        if self.reader is not None and not self.read.holds(self.parameters()):
             self.reader = None
         if self.reader is None:
             return {}
-        kept = self.reader.kept
-        if keep not in kept:
+        kept, like = self.reader.kept, self.last.weight
+        key = (keep, like.dtype, like.device)  # a network may be moved
+        if key not in kept:
             values = self.reader.at(keep * self.branch.width)
-            kept[keep] = self._named(*values)
-        return kept[keep]
+            kept[key] = self._named(*values)
+        return kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        stale = self.reader is not None and not self.read.holds(self.parameters())
+        return {**self.__dict__, "reader": None if stale else self.reader}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.read = Unchanged(self.parameters())  # a copy's repair is that of its own weights
 
     def _named(self, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
         name, like = self.branch.units.parts[-1].param.removesuffix("weight"), self.last.weight
@@ -194,6 +206,7 @@ class ElasticSupernet(Supernet):
             layer = self.get_submodule(branch.units.name)
             layer.__class__ = _front(ElasticLayer, prunable_class(layer))
             layer.branch, layer.in_force, layer.reader, layer.repairing = branch, None, None, None
+            layer.read = Unchanged(layer.parameters())
 
     @contextlib.contextmanager
     def as_saved(self) -> Iterator[None]:
@@ -212,7 +225,7 @@ class ElasticSupernet(Supernet):
         """See `Supernet.ordinary`."""
         net = super().ordinary()
         for layer in [m for m in net.modules() if isinstance(m, ElasticLayer)]:
-            for name in ("branch", "in_force", "reader", "repairing"):
+            for name in ("branch", "in_force", "reader", "read", "repairing"):
                 delattr(layer, name)
             layer.__class__ = type(layer).__bases__[1]
         return net
@@ -316,6 +329,7 @@ class ElasticSupernet(Supernet):
                 within = torch.arange(layer.branch.width, device=order.device)
                 m.reorder((order[:, None] * layer.branch.width + within).flatten())
                 layer.reader = Reader(m, layer.last.weight, layer.last.bias)
+                layer.read = Unchanged(layer.parameters())
         self.train(training).set_arch(active)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from ..arch import Arch
 from .elastic import zero_grads_for
 from .space import SearchSpace
 from .supernet import Supernet
+from .unchanged import Unchanged
 from .units import Importance, Units, magnitude, sort_units
 
 __all__ = ["NARROW", "Piece", "PiecewiseSupernet", "add_narrow_norms", "recalibrate"]
@@ -111,6 +112,7 @@ class PiecewiseSupernet(Supernet):
         super().set_space(space)
         self._images: list[torch.Tensor] = []
         self._statistics: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._statistics_of_weights = Unchanged(())
 
     def recalibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """See `Supernet.recalibrate`; the images are kept, and those of another size let go by `set_input_size`."""
@@ -221,7 +223,7 @@ class PiecewiseSupernet(Supernet):
     def ordinary(self) -> nn.Module:
         """See `Supernet.ordinary`."""
         net = super().ordinary()
-        for name in ("_images", "_statistics"):
+        for name in ("_images", "_statistics", "_statistics_of_weights"):
             delattr(net, name)
         return net
 
@@ -263,9 +265,10 @@ class PiecewiseSupernet(Supernet):
         if not self._images:
             return {}
         weights = list(self.parameters())
-        # what was made in inference mode has no version, and is not trained
-        version = sum(0 if p.is_inference() else p._version for p in weights)
-        key = (arch.key(), version, weights[0].dtype, weights[0].device)
+        if not self._statistics_of_weights.holds(weights):
+            self._statistics.clear()
+            self._statistics_of_weights = Unchanged(weights)
+        key = (arch.key(), weights[0].dtype, weights[0].device)
         if key not in self._statistics:
             # kept for passes with gradients as well
             with torch.inference_mode(False), torch.no_grad(), _float32(self):

@@ -84,13 +84,11 @@ class Reader:
         bias: [out], or None: then nothing can take up the mean of what is removed, which the weights do instead.
 
     Attributes:
-        version: Of the weight, as torch counts changes in place.
-        kept: For whoever wants to keep what `at` returned, by the number of units.
+        kept: For whoever wants to keep what `at` returned.
     """
 
     def __init__(self, moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.version = weight._version
-        self.kept: dict[int, Any] = {}
+        self.kept: dict[Any, Any] = {}
         self.weight, self.bias = weight.double(), None if bias is None else bias.double()
         self.mean = moments.mean
         covariance = moments.second if bias is None else moments.covariance
