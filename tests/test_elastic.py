@@ -130,6 +130,18 @@ def test_gradients_of_groups_are_those_of_each_alone(name):
         torch.testing.assert_close(got, sum(parts), rtol=1e-9, atol=1e-9)
 
 
+def test_gradient_checkpointing_is_refused():
+    """Widths in force are unknown to the backward pass of checkpointed blocks."""
+    net = timm_resnas.elastic(make("test_vit")).train()
+    net.set_grad_checkpointing()
+    x = images(net, 2)
+    net(x).sum().backward()
+    with pytest.raises(ValueError, match="set_grad_checkpointing"):
+        net(x, archs=[net.space.largest, net.space.smallest])
+    with torch.no_grad():
+        net(x, archs=[net.space.largest, net.space.smallest])
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "vit_resnas"])
 def test_heads_of_fewer_entries_compute_what_the_base_does_without_the_others(name, fused, tmp_path):

@@ -12,8 +12,10 @@ from safetensors import safe_open
 import timm_resnas
 from timm_resnas.families.slim_masks import MaskedViT, monotone, rectangle, threshold
 from timm_resnas.models.narrow import NarrowError
+from timm_resnas.models.token_reduction import TokenError
 from timm_resnas.nas.cost import Budget, BudgetError
 from timm_resnas.nas.count import count_macs
+from timm_resnas.tasks import SlimMaskTask
 
 
 def released(golden, case):
@@ -216,6 +218,17 @@ def test_what_is_refused():
         net.within(Budget(macs=1000))
     with pytest.raises(BudgetError, match="masks are so alike"):
         net.within(Budget(macs=net.costs()["macs"] // 2))
+    # said before they are trained, where some are not going to be
+    net.check_budget(Budget(macs=net.costs()["macs"] // 2))
+    SlimMaskTask(net, prices={"mlp": 1e-4}, verbose=False)
+    with pytest.raises(BudgetError, match="the smallest network of masks"):
+        net.check_budget(Budget(macs=net.costs()["macs"] // 2))
+    # a mask in force is unknown to the backward pass of checkpointed blocks
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="again without its masks"):
+        net(torch.randn(1, 3, 32, 32))
+    with torch.no_grad():
+        net(torch.randn(1, 3, 32, 32))
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -246,6 +259,17 @@ def test_tokens_are_gathered_and_logits_are_the_masked_ones(name, kwargs):
         assert tokens == counts[-1]
         macs = count_macs(small, (3, *x.shape[2:]))
         assert macs == net.costs(masks)["macs"] < net.costs(masks._replace(tokens=None))["macs"]
+
+
+def test_tokens_that_come_back_are_refused():
+    net = randomised("test_vit", tokens=True, img_size=64)
+    masks = net.masks({})
+    tokens = [mask.clone() for mask in masks.tokens]
+    tokens[0][3] = False
+    for mask in tokens[1:]:
+        mask[5] = False  # as many as before, but others
+    with pytest.raises(TokenError, match="an earlier one leaves out"):
+        net.shrink(masks._replace(tokens=tuple(tokens)))
 
 
 def test_a_budget_with_fewer_tokens(golden):

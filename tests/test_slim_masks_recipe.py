@@ -125,6 +125,10 @@ def test_with_fewer_tokens(runs, tmp_path):
         (["--budget", "macs=13.8%"], "the smallest network of masks, of one unit in each layer, has macs"),
         (["--budget", "macs=1%"], "is below the smallest network of the space"),
         (["--budget", "macs=101%"], "is above the largest network of the space"),
+        (
+            ["--budget", "macs=35%", "--mask-prices", "0", "1e-4"],
+            "but attention, whose masks are not trained, has macs",
+        ),
         (["--mask-prices", "0", "0"], "--mask-prices are two numbers"),
         (["--elastic-epochs", "1"], "--elastic-epochs is of searches that score candidates"),
         (["--keep-ratios", "1", "0.7"], "--keep-ratios is of searches that score candidates"),

@@ -36,11 +36,9 @@ class MaskTraining(ModelTraining):
 
     def make_task(self, options: TrainOptions, model: nn.Module, device: torch.device) -> TrainingTask:
         """See `ModelTraining.make_task`."""
-        given = self.search_options.mask_prices
-        prices = dict(SLIM_PRICES) | dict(zip(("attention", "mlp"), given or (), strict=False))
-        return SlimMaskTask(
-            model, criterion_kwargs=dict(smoothing=options.smoothing), prices=prices, device=device, verbose=False
-        )
+        smoothing = dict(smoothing=options.smoothing)
+        prices = prices_of(self.search_options)
+        return SlimMaskTask(model, criterion_kwargs=smoothing, prices=prices, device=device, verbose=False)
 
     def make_optimizer(self, options: TrainOptions, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW; masks have their own learning rate, and the same weight decay as weights."""
@@ -72,6 +70,11 @@ class MaskTraining(ModelTraining):
         """See `keep`."""
 
 
+def prices_of(options: SearchOptions) -> dict[str, float]:
+    """Of each kind of masks."""
+    return dict(SLIM_PRICES) | dict(zip(("attention", "mlp"), options.mask_prices or (), strict=False))
+
+
 def check_masks(options: SearchOptions, model: nn.Module, budget: Budget | None) -> None:
     """Whether masks can be trained in a model for a budget.
 
@@ -92,8 +95,11 @@ def check_masks(options: SearchOptions, model: nn.Module, budget: Budget | None)
 
 
 def masked(options: SearchOptions, model: nn.Module) -> MaskedViT:
-    """The model with the masks that the options ask for."""
-    return MaskedViT(model, options.mask_attention, tokens=options.mask_tokens is not None)
+    """The model with the masks that the options ask for; those without a price are not trained."""
+    net = MaskedViT(model, options.mask_attention, tokens=options.mask_tokens is not None)
+    for kind, price in prices_of(options).items():
+        getattr(net, kind).requires_grad_(price > 0)
+    return net
 
 
 def train_masks(

@@ -26,7 +26,7 @@ from ..models.vit_elastic import DEFAULT_BASE, base_cfg, checkpoint_filter_fn, c
 from ..nas.elastic import zero_grads_for
 from ..nas.repair import Moments, Reader, correction
 from ..nas.space import SearchSpace
-from ..nas.supernet import Supernet
+from ..nas.supernet import Supernet, checkpoints
 from ..nas.unchanged import Unchanged
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
@@ -253,7 +253,16 @@ class ElasticSupernet(Supernet):
         return self.forward_groups(h, [arch], "sliced")
 
     def forward_groups(self, h: torch.Tensor, archs: Sequence[ElasticArch], mode: str) -> Any:
-        """See `Supernet.forward_groups`."""
+        """See `Supernet.forward_groups`.
+
+        Raises:
+            ValueError: Gradients are asked for, with gradient checkpointing.
+        """
+        if checkpoints(self):
+            raise ValueError(
+                "with gradient checkpointing the backward pass would compute the full network in place of narrower "
+                "ones; turn it off by set_grad_checkpointing(False)"
+            )
         layers = self.elastic_layers()
         counts = [[n for pair in arch.widths for n in pair] for arch in archs]
         try:

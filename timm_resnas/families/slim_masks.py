@@ -22,6 +22,7 @@ from ..models.token_reduction import TokenError, reduce_in_place
 from ..models.vit_tokens import reduce_tokens
 from ..nas.cost import Budget, BudgetError, format_cost
 from ..nas.count import count_macs
+from ..nas.supernet import checkpoints
 from .elastic import space_of
 from .elastic_space import HIDDEN_MULTIPLE, HIDDEN_STEPS, ElasticArch
 
@@ -209,7 +210,16 @@ class MaskedViT(nn.Module):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The masked network. [B, C, H, W] -> what it returns, such as [B, num_classes]"""
+        """The masked network. [B, C, H, W] -> what it returns, such as [B, num_classes]
+
+        Raises:
+            ValueError: Gradients are asked for, with gradient checkpointing.
+        """
+        if checkpoints(self.model):
+            raise ValueError(
+                "with gradient checkpointing the backward pass would compute the network again without its masks; "
+                "turn it off by model.set_grad_checkpointing(False)"
+            )
         return functional_call(self.model, self.masked_weights(), (x,))
 
     def no_weight_decay(self) -> set[str]:
@@ -299,14 +309,28 @@ class MaskedViT(nn.Module):
         if missing := [name for name, _ in budget if name not in self.costs()]:
             raise BudgetError(f"masks keep limits on {', '.join(self.costs())}; the budget names {missing[0]}")
         self.space.check_budget(budget)
-        none = [[torch.zeros_like(mask) for mask in masks] for masks in self.masks({})[:2]]
-        least = self.costs(Masks(*map(tuple, none)))
+        stay = [kind for kind in KINDS[:2] if self._stays(kind)]
+        none = [
+            tuple(mask if kind in stay else torch.zeros_like(mask) for mask in masks)
+            for kind, masks in zip(KINDS, self.masks({})[:2], strict=False)
+        ]
+        least = self.costs(Masks(*none))
         for name, limit in budget:
             if least[name] > limit:
+                but = f" but {' and '.join(stay)}, whose masks are not trained" if stay else ""
                 raise BudgetError(
-                    f"the smallest network of masks, of one unit in each layer, has {name} "
+                    f"the smallest network of masks, of one unit in each layer{but}, has {name} "
                     f"{format_cost(name, least[name])}, above the budget's {format_cost(name, limit)}"
                 )
+
+    def _stays(self, kind: str) -> bool:
+        """Whether masks are alike, so that any threshold keeps all, and will not be trained."""
+        values = self.values(kind)
+        return (
+            bool(values)
+            and not any(p.requires_grad for p in getattr(self, kind).values())
+            and torch.cat([v.flatten() for v in values]).unique().numel() == 1
+        )
 
     def within(self, budget: Budget, tokens: float | None = None) -> Masks:
         """Masks of the largest share, the same of all kinds, whose network is within a budget.
@@ -392,6 +416,8 @@ class MaskedViT(nn.Module):
         prefix = self.model.num_prefix_tokens
         if not all(bool(mask[:prefix].all()) for mask in masks.tokens):
             raise TokenError("masks leave out the class token or a register; a network keeps them, see `shaped`")
+        if not all(map(torch.equal, masks.tokens, monotone(masks.tokens))):
+            raise TokenError("masks have tokens in a block that an earlier one leaves out; see `monotone`")
         blocks, positions, count = [], [], len(masks.tokens[0]) - prefix
         for i, mask in enumerate(masks.tokens):
             kept = mask[prefix:].nonzero()[:, 0].tolist()
@@ -409,7 +435,8 @@ class MaskedViT(nn.Module):
         tokens it is a `vit_tokens`.
 
         Raises:
-            TokenError: Masks leave out a class token or a register, or a part of the network reads what they leave out.
+            TokenError: Masks leave out a class token or a register, or what a later block or another part of the
+                network reads.
         """
         if _drops(masks):
             small = self.shrink(masks._replace(tokens=None))

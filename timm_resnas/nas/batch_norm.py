@@ -22,7 +22,7 @@ from torch import nn
 from ..arch import Arch
 from .elastic import zero_grads_for
 from .space import SearchSpace
-from .supernet import Supernet
+from .supernet import Supernet, checkpoints
 from .unchanged import Unchanged
 from .units import Importance, Units, magnitude, sort_units
 
@@ -249,7 +249,7 @@ class PiecewiseSupernet(Supernet):
         used: set[str],
     ) -> Any:
         """``used``: names of the tensors that took part are added."""
-        again = torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in self.modules())
+        again = checkpoints(self)
         for own, name, module in self.pieces(arch):
             given = {}
             for key, shape in _shapes(module):

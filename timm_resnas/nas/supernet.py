@@ -20,7 +20,7 @@ from ..arch import Arch
 from .space import SearchSpace
 from .units import Importance, Units, magnitude, sort_units
 
-__all__ = ["Supernet", "is_supernet"]
+__all__ = ["Supernet", "checkpoints", "is_supernet"]
 
 _MAX_CHECKED = 4096  # memory must not grow with the number of candidates
 
@@ -267,6 +267,11 @@ class Supernet(nn.Module, ABC):
             ValueError: The optimizer keeps a state that is not per weight, such as factored moments.
         """
         sort_units(self.units(), dict(self.named_parameters()), importance, optimizer)
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether the backward pass of what is computed now will compute activations again."""
+    return torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in model.modules())
 
 
 def is_supernet(model: nn.Module) -> bool:
