@@ -156,6 +156,34 @@ def test_draws_and_identities():
     assert Arch.of("vit_tokens", {"base": space.base, "method": "dynamicvit"}) is None
 
 
+def test_shares_that_are_as_many_patches():
+    """0.9 and 0.88 of 8 patches are 7: nothing is chosen a second time, and the cost says so."""
+    space = TokenSpace("test_vit", keep_ratios=[1, 0.9, 0.88], img_size=(64, 32), num_classes=7)
+    arch = TokenArch(space.base, space.largest.widths, space.blocks, (0.9, 0.9, 0.88))
+    small = space.network(arch).eval()
+    assert space.costs(arch)["macs"] == count_macs(small, (3, 64, 32))
+
+
+def test_two_heads_in_training():
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=4, num_classes=7)
+    net = with_tokens(timm_resnas.elastic(model)).train()
+    net.set_distilled_training(True)
+    archs, x = [net.space.largest, net.space.smallest], images(net)
+    found = net(x, archs=archs)
+    assert isinstance(found, tuple) and len(found) == 2
+    for i, arch in enumerate(archs):
+        small = net.extract(arch)
+        small.set_distilled_training(True)
+        for part, wanted in zip(found, small(x.chunk(2)[i]), strict=True):
+            torch.testing.assert_close(part.chunk(2)[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_networks_without_tokens_are_of_another_space():
+    net = with_tokens(timm_resnas.elastic(make("vit_tiny_patch16_224")))
+    assert not net.space.contains(net.space.largest.canonical())
+
+
 def test_saved_and_loaded(tmp_path):
     net = with_tokens(timm_resnas.elastic(make("vit_small_patch14_reg4_dinov2"))).eval()
     arch, x = drawn(net, 1, Budget.parse("macs=50%", net.space.costs(net.space.largest)))[0], images(net)

@@ -254,7 +254,8 @@ class TokenSpace(ElasticSpace):
 
     def encode(self, arch: Arch) -> np.ndarray:
         """See `SearchSpace.encode`."""
-        assert isinstance(arch, TokenArch)
+        if not isinstance(arch, TokenArch):
+            raise ValueError(f"networks of the space drop patches, they are {TokenArch.__name__}; got {arch!r:.80}")
         if arch.blocks != self.blocks:
             raise ValueError(f"patches are dropped in blocks {list(self.blocks)}, the network does in {arch.blocks}")
         if unknown := [r for r in arch.keep_ratios if r not in self.keep_ratios]:
@@ -288,7 +289,11 @@ class TokenSupernet(ElasticSupernet):
                 start = stop
         finally:
             self.keep_ratios = [1.0] * len(self.space.blocks)
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if len(outs) == 1:
+            return outs[0]
+        if isinstance(outs[0], tuple):  # of a distilled network in training
+            return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+        return torch.cat(outs)
 
     def attend(self, block: nn.Module, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
         """See `AdaptiveTokenSampling.attend`: by the heads that are in force for each group."""

@@ -471,9 +471,10 @@ class AdaptiveTokenSampling(TokenReduction):
         prefix, block = self.num_prefix_tokens, self.blocks[i]
         mask = None if weight is None else F.pad(weight, (prefix, 0), value=True)[:, None, None, :]
         ratio = self.ratio_after(i)
-        if i not in self.sampling or ratio is not None and ratio == self.ratio_after(i - 1):
+        most = None if ratio is None or ratio == 1 else kept_of(total, ratio)
+        # where all stay, also by rounding, nothing is to be chosen
+        if i not in self.sampling or ratio == 1 or most is not None and most == x.shape[1] - prefix:
             return self.checkpointed(block, x, attn_mask=mask), kept, weight
-        most = None if ratio is None else kept_of(total, ratio)
         x, index, weight = self.checkpointed(self.sampled, block, x, weight, mask, total, most)
         return x, index if kept is None else kept.gather(1, index), weight
 
