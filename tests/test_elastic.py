@@ -14,6 +14,7 @@ from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace, hidden
 from timm_resnas.models.narrow import NarrowError
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.repair import Moments, correction
 from timm_resnas.nas.timing import layer_starts
 from timm_resnas.nas.units import mask
 
@@ -325,6 +326,28 @@ def test_repair_while_scoring_equals_least_squares():
     with torch.inference_mode():
         net.set_arch(arch)
         torch.testing.assert_close(net(x), net.extract(arch)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_of_units_far_from_zero():
+    """Their variance is far below float32's rounding of the square of their mean."""
+    u = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)) * 0.1 + torch.arange(8) * 300
+    v = u.double() @ torch.ones(8, 2).double()
+    moments = Moments()
+    for part, other in zip(u.split(250), v.split(250), strict=True):
+        moments.add(part, other)
+    centred = u.double() - u.double().mean(0)
+    torch.testing.assert_close(moments.covariance, centred.T @ centred / 1000, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments.second, u.double().T @ u.double() / 1000, rtol=1e-6, atol=1e-3)
+    weight = correction(moments, True)[0]
+    torch.testing.assert_close(weight, torch.ones_like(weight), rtol=5e-3, atol=0)  # but for the penalty
+
+
+def test_calibration_needs_images_and_leaves_the_network_as_it_was():
+    net = timm_resnas.elastic(make("test_vit")).train()
+    for batches, message in (([], "needs images"), ([torch.randn(2, 1, 32, 32)], "channels")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            net.calibrate(batches)
+        assert net.training and not any(m._forward_pre_hooks for m in net.modules())
 
 
 def test_repair_of_other_weights_is_not_used():

@@ -308,6 +308,9 @@ class ElasticSupernet(Supernet):
             batches: Images, [B, C, H, W] each; labels are not needed.
             repair: Also repair narrowed networks from now on, while they are scored: the layers that read units are
                 regressed on the kept ones, each on the full network's activations.
+
+        Raises:
+            ValueError: There is no batch.
         """
         layers = [layer for layer in self.elastic_layers() if layer.branch.units.count]
         moments = [Moments() for _ in layers]
@@ -317,10 +320,15 @@ class ElasticSupernet(Supernet):
         ]
         training, active = self.training, self.active
         self.eval().set_arch(None)
-        for images in batches:
-            self(images)
-        for handle in handles:
-            handle.remove()
+        try:
+            for images in batches:
+                self(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.train(training).set_arch(active)
+        if not all(m.rows for m in moments):
+            raise ValueError("calibrate needs images: there was no batch")
         strength = {}
         for layer, m in zip(layers, moments, strict=True):
             units, width = layer.branch.units, layer.branch.width
@@ -339,7 +347,6 @@ class ElasticSupernet(Supernet):
                 m.reorder((order[:, None] * layer.branch.width + within).flatten())
                 layer.reader = Reader(m, layer.last.weight, layer.last.bias)
                 layer.read = Unchanged(layer.parameters())
-        self.train(training).set_arch(active)
 
     @torch.no_grad()
     def repaired(self, arch: ElasticArch, images: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

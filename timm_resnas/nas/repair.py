@@ -16,11 +16,15 @@ RIDGE = 1e-3
 
 
 class Moments:
-    """Sums over rows of values u [rows, n], and of their products with others v [rows, m]."""
+    """Sums over rows of values u [rows, n], and of their products with others v [rows, m].
+
+    They are of what differs from the first rows' mean: a variance far below the squared mean is lost in float32.
+    """
 
     def __init__(self) -> None:
         self.rows = 0
-        self._u: Any = None  # tensors as soon as there are rows
+        self._center: Any = None  # tensors as soon as there are rows
+        self._u: Any = None
         self._v: Any = None
         self._uu: Any = None
         self._uv: Any = None
@@ -28,6 +32,9 @@ class Moments:
     def add(self, u: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Add rows; leading dimensions are rows."""
         u = u.flatten(0, -2).float()
+        if self._center is None:
+            self._center = u.mean(0)
+        u = u - self._center
         sums = [u.sum(0), u.T @ u]
         if v is not None:
             v = v.flatten(0, -2).float()
@@ -42,28 +49,29 @@ class Moments:
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put the entries of u in this order."""
-        self._u, self._uu = self._u[order], self._uu[order][:, order]
+        self._center, self._u, self._uu = self._center[order], self._u[order], self._uu[order][:, order]
 
     @property
     def mean(self) -> torch.Tensor:
         """Mean of u, [n]."""
-        return self._u / self.rows
+        return self._center.double() + self._u / self.rows
 
     @property
     def second(self) -> torch.Tensor:
         """E[u u^T], [n, n]."""
-        return self._uu / self.rows
+        return self.covariance + torch.outer(self.mean, self.mean)
 
     @property
     def covariance(self) -> torch.Tensor:
         """Of u, [n, n]."""
-        return self.second - torch.outer(self.mean, self.mean)
+        mean = self._u / self.rows
+        return self._uu / self.rows - torch.outer(mean, mean)
 
     @property
     def cross(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean of v, [m], and covariance of u with v, [n, m]."""
         mean = self._v / self.rows
-        return mean, self._uv / self.rows - torch.outer(self.mean, mean)
+        return mean, self._uv / self.rows - torch.outer(self._u / self.rows, mean)
 
 
 def _factor(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
