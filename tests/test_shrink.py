@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from recipes import report as report_recipe
 from recipes import search as recipe
 from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits
+from timm_resnas.engine import shrink
+from timm_resnas.engine.settings import SearchOptions
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -117,6 +120,19 @@ def test_the_score_is_the_agreement_of_the_repaired_network_with_the_full_one(sh
         a, b = full(x).double().log_softmax(-1), small(x).double().log_softmax(-1)
     expected = -(a.exp() * (a - b)).sum()
     assert record["repaired"] / 65536 == pytest.approx(expected.item(), rel=1e-2, abs=1e-3)
+
+
+def test_what_finalists_are_compared_with_is_computed_without_gradients():
+    """The full network's answers on all validation images would hold on to its activations."""
+    net = timm_resnas.elastic(timm.create_model("test_vit", img_size=32, num_classes=10)).eval()
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    arch, x = net.space.largest, torch.randn(4, 3, 32, 32)
+    record = {**arch.record(), "key": arch.key(), "score": 1, **net.space.costs(arch)}
+    search = SimpleNamespace(history=[record], budget=None)
+    options = SearchOptions(score="agreement")
+    choice = shrink._choose(options, net, search, [(x, torch.zeros(4, dtype=torch.long))], x, None)
+    assert choice["best"]["repaired"] == 0 and seen == [False]  # the same network
 
 
 def test_a_model_for_any_image_size_is_priced_at_the_size_of_the_images(recipe_server, tmp_path):

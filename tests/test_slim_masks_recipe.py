@@ -118,6 +118,13 @@ def test_with_fewer_tokens(runs, tmp_path):
     assert f"Tokens of its blocks: {tokens[0]}, " in (folder / "report.md").read_text()
 
 
+def test_limits_that_random_networks_miss(runs, tmp_path):
+    """Masks keep the second limit by less of the first; no random network is in the first one's band then."""
+    given = ["--budget", "macs=60%,params=40%", "--mask-epochs", "1", "--finetune-epochs", "0"]
+    runs.run(tmp_path / "run", *given)
+    assert results_of(tmp_path / "run")["random"] == []
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -127,7 +134,7 @@ def test_with_fewer_tokens(runs, tmp_path):
         (["--budget", "macs=101%"], "is above the largest network of the space"),
         (
             ["--budget", "macs=35%", "--mask-prices", "0", "1e-4"],
-            "but attention, whose masks are not trained, has macs",
+            "but attention, whose masks are not trained, has",
         ),
         (["--mask-prices", "0", "0"], "--mask-prices are two numbers"),
         (["--elastic-epochs", "1"], "--elastic-epochs is of searches that score candidates"),

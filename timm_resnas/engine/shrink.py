@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import shlex
@@ -28,7 +29,7 @@ from ..families.elastic import ElasticSupernet, elastic
 from ..families.elastic_space import ElasticSpace
 from ..families.elastic_tokens import with_tokens
 from ..hub import save_pretrained
-from ..nas.cost import Budget
+from ..nas.cost import Budget, BudgetError
 from ..nas.count import count_macs
 from ..nas.evaluate import SCORES, Evaluator, count_correct, in_answers, score_unit
 from ..nas.evolution import Search
@@ -425,7 +426,8 @@ def _choose(
     limits = dict(search.budget or ())
     ranked = candidates(search)
     found, score = [], SCORES[options.score]
-    targets = [net(x) if options.score == "agreement" else y for x, y in val]
+    with torch.inference_mode():  # or the images' activations are kept
+        targets = [net(x) if options.score == "agreement" else y for x, y in val]
     for record in ranked[: FINALISTS if "latency_ms" in limits else REPAIRED]:
         arch = Arch.from_record(record)
         model = net.extract(arch, repair=images)
@@ -495,7 +497,10 @@ def _compare(
     randoms = []
     if budget is not None and options.num_random:
         rng = generator(options.seed, Stream.BASELINES)
-        for arch in net.space.sample_many(options.num_random, rng, limits):
+        drawn: list[Any] = []
+        with contextlib.suppress(BudgetError):  # random draws may miss a budget that was met
+            drawn = net.space.sample_many(options.num_random, rng, limits)
+        for arch in drawn:
             with torch.inference_mode():
                 net.set_arch(arch)
                 correct, _ = count_correct(net, test)
