@@ -348,6 +348,17 @@ def test_calibration_needs_images_and_leaves_the_network_as_it_was():
         with pytest.raises((ValueError, RuntimeError), match=message):
             net.calibrate(batches)
         assert net.training and not any(m._forward_pre_hooks for m in net.modules())
+    net.blocks[0].eval()  # a part may have a mode of its own
+    net.calibrate([images(net, 4)])
+    net.extract(net.space.smallest, repair=images(net, 4))
+    assert [block.training for block in net.blocks] == [False] + [True] * 5
+
+
+def test_equal_widths_of_another_base_are_refused():
+    net = timm_resnas.elastic(make("test_vit"))
+    net.set_arch(net.space.smallest)
+    with pytest.raises(ArchError, match="the network is a deit_tiny_patch16_224"):
+        net.set_arch(ElasticArch("deit_tiny_patch16_224", net.space.smallest.widths))
 
 
 def test_repair_of_other_weights_is_not_used():

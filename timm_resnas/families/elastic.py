@@ -26,7 +26,7 @@ from ..models.vit_elastic import DEFAULT_BASE, base_cfg, checkpoint_filter_fn, c
 from ..nas.elastic import zero_grads_for
 from ..nas.repair import Moments, Reader, correction
 from ..nas.space import SearchSpace
-from ..nas.supernet import Supernet, checkpoints
+from ..nas.supernet import Supernet, checkpoints, evaluating
 from ..nas.unchanged import Unchanged
 from .elastic_space import ElasticArch, ElasticSpace, check_pairs, check_widths
 
@@ -318,15 +318,15 @@ class ElasticSupernet(Supernet):
             layer.last.register_forward_pre_hook(lambda _, inputs, m=m: m.add(inputs[0]))
             for layer, m in zip(layers, moments, strict=True)
         ]
-        training, active = self.training, self.active
-        self.eval().set_arch(None)
+        active, self.active = self.active, None
         try:
-            for images in batches:
-                self(images)
+            with evaluating(self):
+                for images in batches:
+                    self(images)
         finally:
             for handle in handles:
                 handle.remove()
-            self.train(training).set_arch(active)
+            self.active = active
         if not all(m.rows for m in moments):
             raise ValueError("calibrate needs images: there was no batch")
         strength = {}
@@ -357,16 +357,14 @@ class ElasticSupernet(Supernet):
                 if layer.reader is not None and 0 < keep < layer.branch.units.count:
                     found.update(layer.read_by(keep))
             return found
-        training = self.training
-        self.eval()
         try:
             for layer in layers:
                 layer.repairing = found
-            self.forward_groups(images, [arch], "sliced")
+            with evaluating(self):
+                self.forward_groups(images, [arch], "sliced")
         finally:
             for layer in layers:
                 layer.repairing = None
-            self.train(training)
         return found
 
 

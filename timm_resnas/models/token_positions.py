@@ -68,7 +68,7 @@ class TokenPositions(TokenReduction):
         for s, kept in enumerate(self.positions):
             stays = set(kept)
             now = [p for p in before if nearest[p] in stays] or before[:1]  # no image loses all of its patches
-            device = self.pos_embed.device if self.pos_embed is not None else None
+            device = next(self.parameters()).device
             place = {p: k for k, p in enumerate(before)}
             index = torch.tensor([place[p] for p in now], device=device)
             self.register_buffer(f"kept_{s}", index, persistent=False)

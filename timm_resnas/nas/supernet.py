@@ -20,7 +20,7 @@ from ..arch import Arch
 from .space import SearchSpace
 from .units import Importance, Units, magnitude, sort_units
 
-__all__ = ["Supernet", "checkpoints", "is_supernet"]
+__all__ = ["Supernet", "checkpoints", "evaluating", "is_supernet"]
 
 _MAX_CHECKED = 4096  # memory must not grow with the number of candidates
 
@@ -146,7 +146,7 @@ class Supernet(nn.Module, ABC):
         """
         arch = self.space.arch_type.parse(arch)
         known = self._checked.get(arch.key())
-        if known is not None:
+        if known is not None and known == arch:  # a key does not say what base it is of
             return known
         self.check_fit(arch)
         if len(self._checked) >= _MAX_CHECKED:
@@ -272,6 +272,18 @@ class Supernet(nn.Module, ABC):
 def checkpoints(model: nn.Module) -> bool:
     """Whether the backward pass of what is computed now will compute activations again."""
     return torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in model.modules())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation; afterwards every module is in the mode that it was in, which may be its own."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def is_supernet(model: nn.Module) -> bool:
