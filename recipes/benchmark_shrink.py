@@ -189,13 +189,16 @@ def main(argv: list[str] | None = None) -> None:
             fewer_tokens(model, table, args.tokens, x[: args.held])
             write(args.json, table, {})
             return
+        net = timm_resnas.elastic(model).eval()
+        space = net.space
+        for percent in args.budgets:  # before the work
+            space.check_budget(Budget.parse(f"macs={percent}%", space.costs(space.largest)))
         images, labels = tensors(args.calibrate, config, args.images + args.held)
         images, held, labels = images[: args.images], images[args.images :], labels[: args.images]
         x, y = tensors(args.probe, config)
         print(f"{len(images)} images to rank and repair by, {len(held)} to rank networks on, {len(x)} in the table\n")
         table = Table(features(model, x), x, y, args.seeds)
-        net = timm_resnas.elastic(model).eval()
-        largest = net.space.costs(net.space.largest)["macs"]
+        largest = space.costs(space.largest)["macs"]
 
         def share(arch: ElasticArch) -> float:
             return net.space.costs(arch)["macs"] / largest
@@ -226,8 +229,9 @@ def main(argv: list[str] | None = None) -> None:
         for percent in args.budgets:
             budget = Budget.parse(f"macs={percent}%", net.space.costs(net.space.largest))
             name, even = f"{percent:g}%", uniform(net.space, budget)
-            table.add(f"{name} uniform", share(even), [plain.extract(even)])
-            table.add(f"{name} uniform, repaired", share(even), [net.extract(even, repair=images)])
+            if even is not None:  # one that leaves no part out may cost more
+                table.add(f"{name} uniform", share(even), [plain.extract(even)])
+                table.add(f"{name} uniform, repaired", share(even), [net.extract(even, repair=images)])
             randoms = [net.space.sample(np.random.default_rng(seed), budget) for seed in range(args.seeds)]
             for kind, cut in others.items():
                 table.add(f"{name} torch-pruning, {kind}", *cut(percent / 100))

@@ -269,3 +269,26 @@ def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):
     for kind in "searched", "searched with tokens":
         assert rows[f"60% {kind}, repaired"]["macs"] == pytest.approx(0.6, rel=0.03)
     assert "| 60% searched, repaired |" in capsys.readouterr().out
+
+
+def test_the_benchmark_at_budgets_that_an_even_cut_misses(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    argv = [
+        "--model",
+        str(base / "best"),
+        "--calibrate",
+        "digits",
+        "--probe",
+        "digits",
+        "--json",
+        str(tmp_path / "rows"),
+    ]
+    few = ["--images", "32", "--held", "8", "--seeds", "1", "--candidates", "10"]
+    benchmark_shrink.main([*argv, *few, "--budgets", "20"])
+    rows = {r["network"]: r["macs"] for r in json.loads((tmp_path / "rows").read_text())["rows"]}
+    assert rows["20% searched, repaired"] <= 0.2 and "20% uniform" not in rows
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # before the work
+        benchmark_shrink.main([*argv, *few, "--budgets", "20", "1"])
+    printed = capsys.readouterr()
+    assert "is below the smallest network" in printed.err and "| full model |" not in printed.out

@@ -261,6 +261,14 @@ def test_tokens_are_gathered_and_logits_are_the_masked_ones(name, kwargs):
         assert macs == net.costs(masks)["macs"] < net.costs(masks._replace(tokens=None))["macs"]
 
 
+def test_patches_that_are_dropped_at_random_are_refused():
+    model = timm.create_model("test_vit", img_size=64, patch_drop_rate=0.25)
+    for make in (lambda: MaskedViT(model, tokens=True), lambda: timm_resnas.reduce_tokens(model, "positions")):
+        with pytest.raises(TokenError, match="patch_drop_rate"):
+            make()
+    MaskedViT(model)
+
+
 def test_tokens_that_come_back_are_refused():
     net = randomised("test_vit", tokens=True, img_size=64)
     masks = net.masks({})

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ..arch import Part
 from ..models.narrow import Branch, NarrowError, branches
-from ..models.token_positions import TokenPositions
+from ..models.token_positions import TokenPositions, check_all_patches
 from ..models.token_reduction import TokenError, reduce_in_place
 from ..models.vit_tokens import reduce_tokens
 from ..nas.cost import Budget, BudgetError, format_cost
@@ -134,6 +134,7 @@ class MaskedViT(nn.Module):
 
     Raises:
         NarrowError: The model cannot be narrowed, or not by these masks; the message names the module.
+        TokenError: Tokens are to have masks, and the model drops patches at random.
         ValueError: The kind of attention mask is not known.
     """
 
@@ -143,6 +144,8 @@ class MaskedViT(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"masks of attention are {', '.join(ATTENTION)}; got {attention!r:.40}")
+        if tokens:
+            check_all_patches(model)
         self.space = space_of(model)
         self.model, self.granularity, self.fixed = model, attention, None
         self.pretrained_cfg = model.pretrained_cfg

@@ -12,11 +12,25 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
+from torch import nn
 
 from .narrow import Absent
 from .token_reduction import METHODS, State, TokenError, TokenReduction, _check_blocks, _depths
 
-__all__ = ["TokenPositions"]
+__all__ = ["TokenPositions", "check_all_patches"]
+
+
+def check_all_patches(model: nn.Module) -> None:
+    """Whether blocks get every patch in training as well, so that each is known by its position.
+
+    Raises:
+        TokenError: Some are dropped at random.
+    """
+    if getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
+        raise TokenError(
+            f"a {type(model).__name__} with patch_drop_rate drops patches at random in training; positions and masks "
+            f"of tokens need all of them"
+        )
 
 
 class TokenPositions(TokenReduction):
@@ -44,8 +58,10 @@ class TokenPositions(TokenReduction):
                 the nearest patch decides.
 
         Raises:
-            TokenError: Options or blocks that do not fit, or a classifier that reads patches.
+            TokenError: Options or blocks that do not fit, patches that are dropped at random, or a classifier that
+                reads patches.
         """
+        check_all_patches(self)
         depth, own = len(self.blocks), tuple(self.patch_embed.grid_size)
         blocks = [depth // 2] if blocks is None else blocks
         self.dropping = _depths("blocks", blocks, depth)
