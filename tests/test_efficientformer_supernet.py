@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import timm_resnas
 from timm_resnas.arch import Arch, ArchError
+from timm_resnas.engine.supernet import convert_sync_batchnorm
 from timm_resnas.families.efficientformer_nas import EfficientFormerArch, EfficientFormerSpace
 from timm_resnas.families.efficientformerv2_nas import EfficientFormerV2Arch, EfficientFormerV2Space
 from timm_resnas.nas.batch_norm import NARROW, recalibrate
@@ -429,6 +430,17 @@ def test_statistics_of_a_copy_are_of_its_weights(assign):
         other.set_arch(arch)
         assert_close(net(x), other(x), rtol=0, atol=0)
         assert not torch.allclose(net(x), before)
+
+
+@BOTH
+def test_statistics_over_all_processes_keep_activations(make):
+    """Some norms of V2 have their activation in them."""
+    net, x = perturbed(make()), images(3)
+    with torch.no_grad():
+        before = net(x)
+        net = convert_sync_batchnorm(net)
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+        assert_close(net(x), before, rtol=0, atol=0)
 
 
 @BOTH

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
@@ -261,7 +262,7 @@ class SupernetTraining(Training):
             device=accelerator.device,
         )
         if options.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = convert_sync_batchnorm(net)  # timm's: torch's leaves out activations that are part of a norm
         self.net, model = net, net
         if options.step == "paths":
             model = net.mixture(options.path_noise, options.path_temperature)
