@@ -201,6 +201,7 @@ def test_the_recipe_trains_paths_killed_or_not(recipe_server, tmp_path):
         (["--num-archs", "2"], "--step paths trains one network a step"),
         (["--step", "groups", "--path-noise", "none"], "--path-noise is for --step paths, not groups"),
         (["--sampler", "sandwich"], "--sampler sandwich is for --step groups"),
+        (["--mode", "masked"], "--mode masked is for steps of sub-networks"),
         (["--token-labeling"], "--token-labeling is for --step groups and single"),
     ],
 )

@@ -181,7 +181,9 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     smoothing: float = option(0.1, "label smoothing", range="[0, 1)")
     token_labeling: bool = option(False, "mix images by cells, and train a second classifier on the tokens (paper's)")
     patch_weight: float = option(1.0, "weight of the tokens' loss in token labelling", metavar="X", range=NOT_NEGATIVE)
-    sync_bn: bool = option(True, "batch norm over all processes (CUDA only)")
+    sync_bn: bool = option(
+        True, "batch norm over all processes (CUDA only; not of sub-networks that have statistics of their own)"
+    )
     eval_every: int = option(3, "how often sub-networks are evaluated", metavar="EPOCHS", range=COUNT, free=True)
     calibration: int = option(
         512,

@@ -157,6 +157,8 @@ def check_step(options: SupernetOptions) -> None:
     for name in ("clip_others", "project_epoch"):
         if getattr(options, name) is not None and step != "nasvit":
             raise RunError(f"--{name.replace('_', '-')} is for --step nasvit, not {step}")
+    if step == "paths" and options.mode != SupernetOptions().mode:
+        raise RunError(f"--mode {options.mode} is for steps of sub-networks; --step paths trains the largest network")
     for name in ("path_noise", "path_temperature"):
         if getattr(options, name) != getattr(SupernetOptions(), name) and step != "paths":
             raise RunError(f"--{name.replace('_', '-')} is for --step paths, not {step}")
