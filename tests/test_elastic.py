@@ -361,8 +361,8 @@ def test_equal_widths_of_another_base_are_refused():
         net.set_arch(ElasticArch("deit_tiny_patch16_224", net.space.smallest.widths))
 
 
-def test_repair_of_other_weights_is_not_used():
-    """Training goes on after the calibration: narrowed networks are those of today's weights."""
+def narrowed_and_repaired():
+    """An elastic supernet, a narrower network in force, images, and its repaired outputs on them."""
     net = timm_resnas.elastic(make("test_vit")).eval()
     x = images(net, 32)
     net.calibrate([x])
@@ -370,6 +370,13 @@ def test_repair_of_other_weights_is_not_used():
     with torch.no_grad():
         net.set_arch(arch)
         repaired = net(x)
+    return net, arch, x, repaired
+
+
+def test_repair_of_other_weights_is_not_used():
+    """Training goes on after the calibration: narrowed networks are those of today's weights."""
+    net, arch, x, repaired = narrowed_and_repaired()
+    with torch.no_grad():
         for param in net.parameters():
             param.mul_(1.1)
         small = net.extract(arch)
@@ -381,13 +388,8 @@ def test_repair_of_other_weights_is_not_used():
 
 
 def test_repair_goes_along_with_copies_and_moves():
-    net = timm_resnas.elastic(make("test_vit")).eval()
-    x = images(net, 32)
-    net.calibrate([x])
-    arch = ElasticArch("test_vit", tuple((h, 96) for h, _ in net.space.largest.widths))
+    net, arch, x, repaired = narrowed_and_repaired()
     with torch.no_grad():
-        net.set_arch(arch)
-        repaired = net(x)
         again = copy.deepcopy(copy.deepcopy(net))
         assert torch.equal(again(x), repaired)
         torch.testing.assert_close(again.double()(x.double()).float(), repaired, rtol=1e-5, atol=1e-5)

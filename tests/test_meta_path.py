@@ -198,10 +198,10 @@ def test_the_recipe_trains_paths_killed_or_not(recipe_server, tmp_path):
     ("given", "message"),
     [
         (["--space", "micro"], "--step paths is for blocks of several paths"),
-        (["--num-archs", "2"], "--step paths trains one network a step"),
+        (["--num-archs", "2"], "--num-archs is for steps of sub-networks"),
         (["--step", "groups", "--path-noise", "none"], "--path-noise is for --step paths, not groups"),
         (["--sampler", "sandwich"], "--sampler sandwich is for --step groups"),
-        (["--mode", "masked"], "--mode masked is for steps of sub-networks"),
+        (["--mode", "masked"], "--mode is for steps of sub-networks"),
         (["--token-labeling"], "--token-labeling is for --step groups and single"),
     ],
 )

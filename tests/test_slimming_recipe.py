@@ -71,6 +71,13 @@ def test_the_chain_is_written_as_networks_that_timm_loads(finished):
     chain = [p["key"] for p in reversed(front)]  # a step of a single action was scored as such
     assert [key for key in chain if key in visited] == visited and len(visited) > 2
     assert set(chain) - set(visited) <= {r["key"] for r in history if r["origin"] == "action"}
+    # the search again, by the scores on record
+    options = resolve(parse(SearchOptions, QUICK))
+    again = job.make_search(options, SPACE, job.make_budget(options, SPACE), results["val_images"])
+    recorded = {r["key"]: r["score"] for r in history}
+    while not again.done:
+        again.tell([(arch, recorded[arch.key()]) for arch in again.ask()])
+    assert [r["key"] for r in again.chain()] == chain
     assert sorted(p.name for p in (folder / "pareto").iterdir()) == sorted(str(k + 1) for k in range(len(front)))
     scores = {r["key"]: r["score"] for r in history}
     for k, point in enumerate(front, start=1):

@@ -472,7 +472,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
         (["--batch-size", "126", "--num-archs", "4"], "--batch-size 126 is not a multiple of --num-archs 4"),
         (["--sampler", "sandwich", "--num-archs", "1"], "num_archs 1 is under 2"),
         (["--step", "nasvit", "--num-archs", "1"], "num_archs 1 is under 2"),
-        (["--step", "single", "--num-archs", "2"], "single trains one network a step, not --num-archs 2"),
+        (["--step", "single", "--num-archs", "2"], "single trains one sub-network a step, not --num-archs 2"),
         (["--step", "nasvit", "--sampler", "sandwich"], "--sampler sandwich is for --step groups"),
         (["--step", "sandwich", "--token-labeling"], "--token-labeling is for --step groups and single"),
         (["--teacher", "vit_resnas_tiny"], "--teacher is for --step sandwich and nasvit"),

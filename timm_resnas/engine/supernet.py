@@ -143,8 +143,8 @@ def check_step(options: SupernetOptions) -> None:
         RunError: They do not.
     """
     step = options.step
-    if step in ("single", "paths") and num_archs(options) != 1:
-        raise RunError(f"--step {step} trains one network a step, not --num-archs {options.num_archs}")
+    if step == "single" and num_archs(options) != 1:
+        raise RunError(f"--step single trains one sub-network a step, not --num-archs {options.num_archs}")
     if step != "groups" and options.sampler != "balanced":
         raise RunError(f"--sampler {options.sampler} is for --step groups; --step {step} has its own draws")
     sandwich = step in ("sandwich", "nasvit")
@@ -157,8 +157,10 @@ def check_step(options: SupernetOptions) -> None:
     for name in ("clip_others", "project_epoch"):
         if getattr(options, name) is not None and step != "nasvit":
             raise RunError(f"--{name.replace('_', '-')} is for --step nasvit, not {step}")
-    if step == "paths" and options.mode != SupernetOptions().mode:
-        raise RunError(f"--mode {options.mode} is for steps of sub-networks; --step paths trains the largest network")
+    for name in ("mode", "num_archs"):
+        if step == "paths" and getattr(options, name) != getattr(SupernetOptions(), name):
+            option = f"--{name.replace('_', '-')}"
+            raise RunError(f"{option} is for steps of sub-networks; --step paths trains the largest network")
     for name in ("path_noise", "path_temperature"):
         if getattr(options, name) != getattr(SupernetOptions(), name) and step != "paths":
             raise RunError(f"--{name.replace('_', '-')} is for --step paths, not {step}")
