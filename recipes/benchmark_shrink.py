@@ -55,7 +55,7 @@ from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.evaluate import Evaluator
 from timm_resnas.nas.evolution import EvolutionSearch
-from timm_resnas.nas.knapsack import alone, knapsack, losses, uniform
+from timm_resnas.nas.knapsack import alone, knapsack, losses
 from timm_resnas.nas.units import magnitude
 
 POWERS = (1.0, 0.7, 0.5, 1.5)
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         largest = space.costs(space.largest)["macs"]
 
         def share(arch: ElasticArch) -> float:
-            return net.space.costs(arch)["macs"] / largest
+            return net.space.cost_of(arch, "macs") / largest
 
         half = ElasticArch(net.space.base, tuple((heads, hidden // 2) for heads, hidden in net.space.largest.widths))
         net.sort_channels(importance=magnitude)
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         spent["what each layer alone can spare"] = time.perf_counter() - begin
         for percent in args.budgets:
             budget = Budget.parse(f"macs={percent}%", net.space.costs(net.space.largest))
-            name, even = f"{percent:g}%", uniform(net.space, budget)
+            name, even = f"{percent:g}%", net.space.even(budget)
             if even is not None:  # one that leaves no part out may cost more
                 table.add(f"{name} uniform", share(even), [plain.extract(even)])
                 table.add(f"{name} uniform, repaired", share(even), [net.extract(even, repair=images)])

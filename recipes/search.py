@@ -39,6 +39,8 @@ rejected. A smaller `--slim-step` scores more candidates; the plan says how many
 `--model … --search slim-masks` (ViT-Slim) scores none: masks on the entries of heads and on hidden units are trained
 with the model under a price, and those above a threshold that keeps the budget are left, in a really smaller network;
 with `--mask-tokens 0.7` tokens at fixed positions go as well.
+`--model … --search uniform` is the cut that one makes by hand, of every block the same share, repaired and fine-tuned
+like the others: what a search has to beat. `recipes/benchmark_roads.py` compares all of these roads over several seeds.
 
 `--supernet` takes a folder or a Hub id of a supernet that was trained before, with its own space. Images that it was
 trained on, or that are in the test part, by index or content, are not scored on (`--allow-leak` does, and the report
@@ -69,7 +71,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_resnas.engine.options import parse
-from timm_resnas.engine.settings import TRAINING_FREE, SearchOptions
+from timm_resnas.engine.settings import TRAINING_FREE, UNSCORED, SearchOptions
 
 
 def defaults(options: SearchOptions) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def defaults(options: SearchOptions) -> dict[str, Any]:
         "lr": 1e-4 if model else 2e-3,
         "val_fraction": 0.15 if model else 1 / 3,
     }
-    if options.search not in ("slimming", "slim-masks"):
+    if options.search not in ("slimming", *UNSCORED):
         chosen["population"] = 60 if model else 100  # a knapsack's networks are among them
         chosen["iterations"] = 4 if model else 6
     if model and options.search == "evolution":

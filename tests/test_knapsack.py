@@ -8,7 +8,7 @@ import pytest
 from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace
 from timm_resnas.families.elastic_tokens import TokenSpace
 from timm_resnas.nas.cost import Budget
-from timm_resnas.nas.knapsack import Losses, alone, knapsack, losses, uniform
+from timm_resnas.nas.knapsack import Losses, alone, knapsack, losses
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,50 @@ def test_room_that_coarse_genes_leave_is_filled(space):
 def test_no_network_within_the_budget(space):
     loss = Losses([np.zeros(len(gene.choices)) for gene in space.genes], np.zeros(1))
     assert knapsack(space, loss, Budget(macs=1000, lower=0)) is None
-    assert uniform(space, Budget(macs=1000)) is None
+    assert space.even(Budget(macs=1000)) is None
 
 
-def test_uniform():
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
+def test_an_even_cut_uses_the_budget(share):
+    """Heads are coarse, so that hidden units make up for them; their steps are finer than the space's choices."""
     space = ElasticSpace("vit_small_patch16_224", img_size=32, num_classes=7)
-    budget = Budget.parse("macs=50%", space.costs(space.largest))
-    arch = uniform(space, budget)
-    assert set(arch.widths) == {(3, 672)}  # the stem stays, so that less than half of each block is left
-    wider = ElasticArch(arch.base, ((3, 768),) * 12)
-    assert space.costs(arch)["macs"] <= budget.limits["macs"] < space.costs(wider)["macs"]
+    budget = Budget.parse(f"macs={share:.0%}", space.costs(space.largest))
+    arch = space.even(budget)
+    (heads,), hidden = ({pair[i] for pair in arch.widths} for i in (0, 1))
+    assert max(hidden) - min(hidden) in (0, 8) and all(n % 8 == 0 for n in hidden)
+    # for each number of heads, the most hidden units that are within the band if every block has as many
+    alike = [ElasticArch(arch.base, ((h, m),) * 12) for h in range(1, 7) for m in range(8, 1537, 8)]
+    most = {a.widths[0][0]: a.widths[0][1] for a in alike if not budget.check({"macs": space.cost_of(a, "macs")})}
+    apart = [abs(h / 6 - m / 1536) for h, m in most.items()]
+    assert not budget.check({"macs": space.cost_of(arch, "macs")})
+    assert abs(heads / 6 - sum(m for _, m in arch.widths) / 12 / 1536) <= min(apart) + 8 / 1536
+    widened = ElasticArch(arch.base, tuple((h, m + 8 * (i == 11)) for i, (h, m) in enumerate(arch.widths)))
+    assert space.cost_of(arch, "macs") <= budget.limits["macs"] < space.cost_of(widened, "macs")
+
+
+def test_an_even_cut_within_several_limits():
+    space = ElasticSpace("vit_small_patch16_224", img_size=32, num_classes=7)
+    full = space.costs(space.largest)
+    loose, tight = (Budget.parse(text, full) for text in ("macs=50%", "macs=50%,params=40%"))
+    costs = {name: space.cost_of(space.even(tight), name) for name in full}
+    assert costs["macs"] <= tight.limits["macs"] and costs["params"] <= tight.limits["params"]
+    assert space.cost_of(space.even(loose), "params") > tight.limits["params"]
+
+
+def test_an_even_cut_of_latency_is_of_measured_layers():
+    space = ElasticSpace("test_vit", img_size=32)
+    space.price("latency_ms", lambda layer: 10 + layer.macs, unit=10**6)
+    budget = Budget.parse("latency_ms=60%", space.costs(space.largest))
+    arch = space.even(budget)
+    assert space.contains(arch) and space.costs(arch)["latency_ms"] <= budget.limits["latency_ms"]
+    assert len({hidden for _, hidden in arch.widths}) <= 2
+
+
+@pytest.mark.parametrize("base", ["vit_small_patch16_224", "vit_resnas_tiny", "cait_xxs24_224"])
+def test_costs_layer_by_layer_are_those_of_the_tables(base):
+    space = ElasticSpace(base)
+    for arch in space.sample_many(5, np.random.default_rng(0)):
+        assert {name: space.cost_of(arch, name) for name in space.cost_names} == space.costs(arch)
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.4])
@@ -100,7 +134,7 @@ def test_the_best_of_all_with_tokens(share):
     found = knapsack(space, loss, budget)
     assert not budget.check(space.costs(found))
     assert score(found) == pytest.approx(max(map(score, within)))
-    even = uniform(space, budget)
+    even = space.even(budget)
     assert even is None or even.keep_ratios == (1.0, 1.0)
 
 
@@ -131,7 +165,7 @@ def test_wider_may_be_faster_than_the_smallest(share):
     assert sum(v[i] for v, i in zip(loss, space.encode(found), strict=True)) == best
 
 
-def test_uniform_where_the_largest_network_lacks_branches():
+def test_an_even_cut_where_the_largest_network_lacks_branches():
     space = ElasticSpace("test_vit", [[[0], [192, 96, 48, 0]], [[2, 1, 0], [0]]] * 3, img_size=32)
-    even = uniform(space, Budget(macs=space.cost_range("macs")[1]))
+    even = space.even(Budget(macs=space.cost_range("macs")[1]))
     assert even == space.largest

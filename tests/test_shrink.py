@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from recipe_server import Recipe, parts, wait_until
+from recipe_server import Recipe, parts, program, wait_until
 from safetensors.torch import load_file
 
 import timm_resnas
-from recipes import benchmark_shrink
+from recipes import benchmark_roads, benchmark_shrink
 from recipes import report as report_recipe
 from recipes import search as recipe
 from timm_resnas.arch import Arch
@@ -226,6 +226,7 @@ def test_tokens_are_searched_as_well(runs, tmp_path):
         (["--supernet", "x", "--temperature", "0.2"], "--temperature is for training a supernet; with --supernet none"),
         (["--score", "dss", "--token-labeling"], "--token-labeling is for training a supernet; with --score dss none"),
         (["--model", "{base}/best", "--prescreen", "0.5"], "does not go with --prescreen"),
+        (["--model", "{base}/best", "--search", "uniform"], "--population is of --search evolution"),
         (["--model", "{base}/best", "--budget", "latency=3ms"], "needs --latency-table"),
         (["--epochs", "0"], "--epochs 0 is for --model"),
         (["--score", "agreement"], "--score agreement is for --model"),
@@ -239,6 +240,60 @@ def test_wrong_input_is_one_message_before_any_work(given, message, base, tmp_pa
     lines = [line for line in captured.err.splitlines() if line.startswith("search.py")]
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], captured.err
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "--search uniform cuts a trained vision transformer; name it by --model"),
+        (["--model", "{base}/best", "--budget", "none"], "cuts a network down to a --budget"),
+        (["--model", "{base}/best", "--budget", "macs=12%"], "no network of the same share of every block is within"),
+        (["--model", "{base}/best", "--keep-ratios", "1", "0.5"], "--search uniform keeps all tokens"),
+    ],
+)
+def test_wrong_input_of_an_even_cut(given, message, base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--cpu", "--search", "uniform", *(g.format(base=base) for g in given), "--output", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("search.py")]
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.glob("*/config.yaml"))
+
+
+def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server):
+    """The benchmark runs the recipe, and reads what is there when it is started again."""
+
+    def run(command, **_):
+        assert command[1].endswith("recipes/search.py")
+        return recipe_server.run(program("search"), *command[2:])
+
+    monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
+    argv = ["--model", str(base / "best"), "--dataset", "digits", "--budget", "macs=60%", "--epochs", "2"]
+    argv += ["--roads", "uniform", "random", "--seeds", "0", "--output", str(tmp_path), "--"]
+    argv += ["--cpu", "--threads", "1", "--num-random", "0", "--calibration", "64", "--batch-size", "128"]
+    benchmark_roads.main(argv)
+    printed = capsys.readouterr().out.splitlines()
+    for road in "uniform", "random":
+        folder, scored = tmp_path / f"{road}-0", road == "random"
+        results = results_of(folder)
+        assert results["search"] == road and results["epochs"] == {"full": 0, "elastic": 0, "finetune": 2}
+        assert results["candidates"] == scored and ("even cut, repaired" in results["networks"]) == scored
+        best = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True)
+        macs, found = count_macs(best, (3, 32, 32)), results["networks"]["found, fine-tuned"]
+        assert macs == results["best"]["macs"] == found["macs"]
+        assert 0.975 * results["budget"]["macs"] <= macs <= results["budget"]["macs"]
+        share, test = macs / results["networks"]["full model"]["macs"], found["test"] / 360
+        (line,) = (line for line in printed if line.startswith(f"| {road} | {share:.1%} |"))
+        assert f"{test:.4f} ({test:.4f})" in line
+    assert "Nothing was searched" in (tmp_path / "uniform-0" / "report.md").read_text()
+    trained = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/finetune/best/*")}
+    benchmark_roads.main(argv)
+    accuracies = [[line.split("|")[4:] for line in lines] for lines in (printed, capsys.readouterr().out.splitlines())]
+    assert accuracies[0] == accuracies[1]
+    assert trained == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/finetune/best/*")}
+    monkeypatch.setattr(benchmark_roads.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit):
+        benchmark_roads.main(argv)
+    assert "uniform-0 failed" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):

@@ -44,7 +44,7 @@ from .models import align_classes, record_of
 from .report import report, train_command
 from .run import Deadline, Progress, Run, RunError, format_minutes
 from .seeds import Stream, generator
-from .settings import TRAINING_FREE, SearchOptions, SupernetOptions
+from .settings import TRAINING_FREE, UNSCORED, SearchOptions, SupernetOptions
 from .supernet import SearchData, networks_per_image, open_space
 
 __all__ = [
@@ -82,15 +82,20 @@ def check_options(options: SearchOptions) -> None:
     Raises:
         RunError: They do not.
     """
-    default, kinds = SearchOptions(), {"slimming": OF_SLIMMING, "slim-masks": OF_MASKS}
+    default, kinds = SearchOptions(), {"slimming": OF_SLIMMING, "slim-masks": OF_MASKS, "uniform": ()}
     for kind, names in {"evolution": OF_GENERATIONS, **kinds}.items():
         own = kind == options.search or kind == "evolution" and options.search not in kinds
         for name in () if own else names:
             if getattr(options, name) != getattr(default, name):
                 option = f"--{name.replace('_', '-')}"
                 raise RunError(f"{option} is of --search {kind}; it does not go with --search {options.search}")
-    if options.search == "slim-masks" and options.model is None:
-        raise RunError("--search slim-masks trains masks in a trained vision transformer; name it by --model")
+    if options.search in UNSCORED:
+        if options.model is None:
+            raise RunError(f"--search {options.search} cuts a trained vision transformer; name it by --model")
+        if options.keep_ratios:
+            raise RunError(
+                f"--keep-ratios is of searches that score candidates; --search {options.search} keeps all tokens"
+            )
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
     if trained is None and options.score in TRAINING_FREE:
         trained = f"--score {options.score}"

@@ -19,12 +19,14 @@ __all__ = [
     "SearchOptions",
     "SupernetOptions",
     "TRAINING_FREE",
+    "UNSCORED",
     "TrainOptions",
 ]
 
 DATASETS = "digits, fashion-mnist:<dir>, imagefolder:<dir> or hf:<id or folder>"
 PRECISIONS = ("float32", "bfloat16", "float16", "amp_bfloat16", "amp")
 TRAINING_FREE = ("dss", "dss_raw", "dss_released", "snip", "synflow", "naswot", "params", "macs")
+UNSCORED = ("slim-masks", "uniform")  # ways to cut --model that score no candidates
 RUNTIMES = ("torch", "onnxruntime")
 COUNT, SHARE, POSITIVE, NOT_NEGATIVE = "[1, inf)", "[0, 1]", "(0, inf)", "[0, inf)"
 
@@ -253,8 +255,9 @@ class SearchOptions(SupernetOptions):
     search: str = option(
         "evolution",
         "how candidates are made; slimming: from the largest network down, by the step that loses least for its gain; "
-        "slim-masks: of --model, by masks that are trained with it (ViT-Slim), no candidates",
-        choices=("evolution", "random", "pareto", "slimming", "slim-masks"),
+        "slim-masks: of --model, by masks that are trained with it (ViT-Slim), no candidates; uniform: of --model, "
+        "the same share of every block, as a control",
+        choices=("evolution", "random", "pareto", "slimming", *UNSCORED),
         basic=True,
     )
     max_minutes: float | None = option(

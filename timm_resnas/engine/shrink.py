@@ -33,7 +33,7 @@ from ..nas.cost import Budget, BudgetError
 from ..nas.count import count_macs
 from ..nas.evaluate import SCORES, Evaluator, count_correct, in_answers, score_unit
 from ..nas.evolution import Search
-from ..nas.knapsack import alone, knapsack, losses, uniform
+from ..nas.knapsack import alone, knapsack, losses
 from ..nas.latency import LatencyTable, measure_network
 from ..nas.slimming import Slimming
 from ..nas.space import SearchSpace
@@ -55,7 +55,7 @@ from .search import (
     run_search,
 )
 from .seeds import Stream, generator
-from .settings import SearchOptions, TrainOptions
+from .settings import UNSCORED, SearchOptions, TrainOptions
 from .shrink_report import report
 from .slim import check_masks, train_masks
 from .supernet import SearchData, networks_per_image, num_archs, seen_images, train_supernet
@@ -93,9 +93,16 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
         table.price(space, device=table.conditions.device)
     budget = make_budget(options, space)
     val = _batches(options, data, data.splits.train, accelerator.device, data.val)
-    masks, search, held = options.search == "slim-masks", None, budget
-    if masks:
-        check_masks(options, model, budget)
+    unscored, search, held = options.search in UNSCORED, None, budget
+    if unscored:
+        if budget is None:
+            raise RunError(
+                f"--search {options.search} cuts a network down to a --budget, such as macs=60%; none leaves it whole"
+            )
+        if options.search == "slim-masks":
+            check_masks(options, model, budget)
+        elif space.even(budget) is None:
+            raise RunError(f"no network of the same share of every block is within {budget}; take another --search")
         held = Budget(lower=0, **budget.limits)
     else:
         search = make_search(options, space, budget, len(data.val))  # its errors, before the work
@@ -127,10 +134,14 @@ def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, na
     if table is not None:
         table.price(net.space, device=table.conditions.device)
 
-    if masks:
+    ended = None
+    if options.search == "slim-masks":
         # 3. masks trained with the model, and the network that they leave
-        ended = None
         choice, found = _by_masks(options, accelerator, run, best, data, budget)
+    elif unscored:
+        # 3. of every block the same share
+        choice = run.cached("winner.json", lambda: _evenly(net.space, budget, table))
+        found = net.extract(Arch.from_record(choice["best"]), repair=images)
     else:
         # 3. the search; the best of the candidates, repaired layer after layer
         search, ended = _search(options, accelerator, run, net, val, data, budget, clock)
@@ -272,9 +283,20 @@ def _by_masks(
     return {"best": best, "finalists": [], "kept_latency": True}, net.shrink(masks)
 
 
+def _evenly(space: ElasticSpace, budget: Budget, table: LatencyTable | None) -> dict[str, Any]:
+    """The even cut, in the form of `_choose`."""
+    arch, kept = space.even(budget), True
+    priced = [name for name in space.cost_names if name != "latency_ms" or name in budget.limits]
+    best = {**arch.record(), "key": arch.key(), **{name: space.cost_of(arch, name) for name in priced}}
+    if "latency_ms" in budget.limits:
+        best["measured_ms"] = measure_network(arch, space, table)["ms"]
+        kept = best["measured_ms"] <= budget.limits["latency_ms"]
+    return {"best": best, "finalists": [], "kept_latency": kept}
+
+
 def _probes(options: SearchOptions, space: ElasticSpace) -> list[Arch]:
     """Networks to score before the search."""
-    return [] if options.search in ("slimming", "slim-masks") else alone(space)
+    return alone(space) if options.search == "evolution" else []
 
 
 def _supernet(options: SearchOptions, model: nn.Module) -> ElasticSupernet:
@@ -481,7 +503,7 @@ def _compare(
         "found, by masks" if options.search == "slim-masks" else "found, repaired": found,
         "found, fine-tuned": timm.create_model(f"local-dir:{run / 'best'}", pretrained=True),
     }
-    if budget is not None and (even := uniform(net.space, budget)) is not None:
+    if options.search != "uniform" and budget is not None and (even := net.space.even(budget)) is not None:
         models["even cut, repaired"] = net.extract(even, repair=images)
     conditions = Conditions.here(batch_size=1, device=device.type if device.type == "cuda" else "cpu")
     rows = {}

@@ -96,6 +96,8 @@ def markdown(results: dict[str, Any], table: str) -> str:
         if tokens := results["best"].get("tokens"):
             how += f" Tokens of its blocks: {', '.join(map(str, tokens))}; the layers below are listed with all."
         made = "for even and random cuts heads and hidden units were ranked, and layers repaired in closed form, on"
+    elif results.get("search") == "uniform":
+        how = "Nothing was searched: of every block the same share of heads and of hidden units was kept."
     late = "" if results["kept_latency"] else (
         "**None of the finalists keeps the latency limit when measured end to end**; the fastest was taken."
     )  # fmt: skip

@@ -81,12 +81,8 @@ def check_masks(options: SearchOptions, model: nn.Module, budget: Budget | None)
     Raises:
         ValueError: They cannot; the message says why.
     """
-    if budget is None:
-        raise RunError("--search slim-masks cuts a network down to a --budget, such as macs=60%; none leaves it whole")
     if options.mask_prices is not None and (len(options.mask_prices) != 2 or not any(options.mask_prices)):
         raise RunError("--mask-prices are two numbers, of attention and of MLP masks, at least one of them above 0")
-    if options.keep_ratios:
-        raise RunError("--keep-ratios is of searches that score candidates; --search slim-masks keeps all tokens")
     if options.elastic_epochs:
         raise RunError("--elastic-epochs is of searches that score candidates; --search slim-masks scores none")
     if options.mask_tokens is not None:

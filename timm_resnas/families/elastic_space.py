@@ -5,6 +5,7 @@ Costs are counted once for each base on the meta device; a network's are then su
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from torch import nn
 from ..arch import Arch, ArchError, Layer
 from ..models.narrow import Branch, NarrowError, branches, check_head_dim
 from ..models.vit_elastic import DEFAULT_BASE, base_cfg, check_base, create_base
+from ..nas.cost import Budget
 from ..nas.count import count_modules
 from ..nas.space import Gene, Position, SearchSpace
 
@@ -379,7 +381,54 @@ class ElasticSpace(SearchSpace):
 
     def decode(self, rows: np.ndarray) -> list[ElasticArch]:
         """See `SearchSpace.decode`."""
-        return [ElasticArch(self.base, widths) for widths in self.widths_of(rows)]
+        return list(map(self.of_widths, self.widths_of(rows)))
+
+    def of_widths(self, widths: Widths) -> ElasticArch:
+        """The network of these widths, with all tokens."""
+        return ElasticArch(self.base, widths)
+
+    def even(self, budget: Budget) -> ElasticArch | None:
+        """The cut that one would make by hand: of all blocks the same share of the heads and of the hidden units.
+
+        The two shares are as near to each other as a network within the budget's band allows, for heads are coarse.
+        Hidden units are multiples of 8 that need not be among the choices, and some blocks have 8 more than others;
+        where latency is limited, they are among the choices, for which it is known. No branch is left out but those
+        that the largest network lacks.
+
+        Returns:
+            None where such a cut cannot be within the budget.
+        """
+        measured = "latency_ms" in budget.limits
+        ladders = []
+        for heads, hidden in self.choices:
+            multiple = HIDDEN_MULTIPLE if hidden[0] >= HIDDEN_STEPS * HIDDEN_MULTIPLE else 1
+            units = hidden if measured else (*range(0, hidden[0], multiple), hidden[0])
+            ladders.append([sorted(n for n in options if n) or [0] for options in (heads, units)])
+        heads, hidden = zip(*ladders, strict=True)
+
+        def at(numbers: Sequence[Sequence[int]], share: float) -> tuple[int, ...]:
+            return tuple(max([own[0], *(n for n in own if n <= share * own[-1])]) for own in numbers)
+
+        def within(attention: Sequence[int], mlp: Sequence[int]) -> ElasticArch | None:
+            arch = self.of_widths(tuple(zip(attention, mlp, strict=True)))
+            return arch if all(self.cost_of(arch, name) <= limit for name, limit in budget) else None
+
+        found: list[tuple[tuple, ElasticArch]] = []
+        shares = np.linspace(0, 1, 257).tolist()
+        for attention in dict.fromkeys(at(heads, share) for share in shares):
+            fits = bisect.bisect_left(shares, True, key=lambda share: within(attention, at(hidden, share)) is None)
+            if fits == 0:
+                continue
+            mlp = list(at(hidden, shares[fits - 1]))
+            for block, own in enumerate(hidden):  # what is left of the budget
+                wider = [*mlp[:block], next((n for n in own if n > mlp[block]), mlp[block]), *mlp[block + 1 :]]
+                mlp = wider if within(attention, wider) else mlp
+            arch = within(attention, mlp)
+            cost = self.cost_of(arch, budget.first)
+            kept = [sum(own) / max(1, sum(n[-1] for n in most)) for own, most in ((attention, heads), (mlp, hidden))]
+            near = cost >= Budget(**budget.limits).band[0]
+            found.append(((near, -abs(kept[0] - kept[1]) if near else cost), arch))
+        return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def widths_of(self, rows: np.ndarray) -> Iterator[Widths]:
         """Heads and hidden units of each row."""

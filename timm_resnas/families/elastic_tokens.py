@@ -24,7 +24,7 @@ from ..models.token_reduction import AdaptiveTokenSampling, TokenError, reduce_i
 from ..models.vit_elastic import DEFAULT_BASE, create_base, default_cfg
 from ..nas.space import Gene, Position
 from .elastic import REPAIR_ROWS, ElasticSupernet, build_supernet, supernet_over
-from .elastic_space import BlockBranch, ElasticArch, ElasticSpace, structure_of
+from .elastic_space import BlockBranch, ElasticArch, ElasticSpace, Widths, structure_of
 
 __all__ = ["KEEP_RATIOS", "TokenArch", "TokenSpace", "TokenSupernet", "with_tokens"]
 
@@ -243,6 +243,10 @@ class TokenSpace(ElasticSpace):
                 raise ValueError(f"{name} of a space with tokens must be a list of numbers, got {values!r:.60}")
         plain = ElasticSpace.from_choices({k: v for k, v in data.items() if k not in tokens}, model_args)
         return cls(plain.base, plain.choices, **tokens, **model_args)
+
+    def of_widths(self, widths: Widths) -> TokenArch:
+        """See `ElasticSpace.of_widths`."""
+        return TokenArch(self.base, widths, self.blocks, (1.0,) * len(self.blocks))
 
     def decode(self, rows: np.ndarray) -> list[TokenArch]:
         """See `SearchSpace.decode`."""

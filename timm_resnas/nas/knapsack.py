@@ -16,7 +16,7 @@ from ..arch import Arch
 from .cost import Budget
 from .space import SearchSpace
 
-__all__ = ["Losses", "alone", "knapsack", "losses", "uniform"]
+__all__ = ["Losses", "alone", "knapsack", "losses"]
 
 PROBES = (0.25, 0.5, 0.75, 1.0)  # of a gene's steps down, where it is scored
 BINS = 4096  # of the budget
@@ -178,24 +178,3 @@ def _filled(space: SearchSpace, row: np.ndarray, budget: Budget) -> np.ndarray:
             break
         row = wider[table.cost(wider).argmax()]
     return row
-
-
-def uniform(space: SearchSpace, budget: Budget) -> Arch | None:
-    """The largest network within the budget whose genes all keep about the same share of their largest choice.
-
-    Those that decide more than one layer stay at their largest.
-    """
-    found, shared = None, shared_genes(space)
-    for share in np.linspace(0, 1, 401):
-        row = []
-        for g, gene in enumerate(space.genes):
-            if g in shared:
-                row.append(0)
-                continue
-            # nothing is left out whole, but what the largest network lacks
-            kept = [i for i, n in enumerate(gene.choices) if n] or [0]
-            row.append(min(kept, key=lambda i: abs(gene.choices[i] - share * gene.choices[0])))
-        rows = np.array([row], np.int8)
-        if all(space.table(name).cost(rows)[0] <= limit for name, limit in budget):
-            found = rows
-    return None if found is None else space.decode(found)[0]

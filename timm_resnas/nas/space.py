@@ -377,6 +377,15 @@ class SearchSpace(ABC):
         values = {name: self.table(name).cost(row).item() for name in self._prices}
         return {name: int(v) if self._prices[name]["unit"] == 1 else v for name, v in values.items()}
 
+    def cost_of(self, arch: Arch, name: str) -> int | float:
+        """One cost of an architecture of the family, layer by layer, whether or not the space has its choices."""
+        known = self._prices[name]
+        prices = [known["base"], *(known["price"](layer) for layer in self.layers(arch))]
+        if known["reduce"] == "max":
+            prices = [prices[0] + max(prices[1:])]
+        total = sum(prices)
+        return total if known["unit"] == 1 else total / known["unit"]
+
     def cost_range(self, name: str) -> tuple[float, float]:
         """Least and greatest cost of the space's networks.
 
