@@ -42,7 +42,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_resnas
 from timm_resnas.data import eval_batches, eval_transform, load_splits
@@ -52,7 +51,7 @@ from timm_resnas.families.elastic import ElasticSupernet
 from timm_resnas.families.elastic_space import ElasticArch
 from timm_resnas.families.elastic_tokens import with_tokens
 from timm_resnas.nas.cost import Budget
-from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.count import count_macs, expected_macs
 from timm_resnas.nas.evaluate import Evaluator
 from timm_resnas.nas.evolution import EvolutionSearch
 from timm_resnas.nas.knapsack import alone, knapsack, losses
@@ -140,10 +139,10 @@ def write(path: Path | None, table: Table, seconds: dict[str, float]) -> None:
 
 def fewer_tokens(model: nn.Module, table: Table, shares: list[float], images: torch.Tensor) -> None:
     """Rows of token reduction, without training."""
-    whole = macs_of(model, images[:1])
+    whole = expected_macs(model, images[:1])
 
     def add(name: str, models: list[nn.Module]) -> None:
-        table.add(name, macs_of(models[0], images) / whole, models)
+        table.add(name, expected_macs(models[0], images) / whole, models)
 
     for ratio in shares:
         drawn = []
@@ -155,18 +154,6 @@ def fewer_tokens(model: nn.Module, table: Table, shares: list[float], images: to
         add(f"{ratio:g}, ATS", [timm_resnas.reduce_tokens(model, "ats", blocks=places, max_tokens=ratio)])
     add("ATS, its own numbers there", [timm_resnas.reduce_tokens(model, "ats", blocks=places)])
     add("ATS, in every block from there", [timm_resnas.reduce_tokens(model, "ats")])
-
-
-def macs_of(model: nn.Module, images: torch.Tensor) -> float:
-    """Multiply-accumulates of an image, mean over these, each alone."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():  # fused kernels are not counted on a CPU
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for x in images.split(1):
-            plain(x)
-    return counter.get_total_flops() / 2 / len(images)
 
 
 def spread(values: list[float]) -> str:

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm_resnas.engine.evaluate import format_scores
     from timm_resnas.engine.processes import start
     from timm_resnas.engine.run import Run, RunError, cli_errors, dataset_name, read_json, run_name
-    from timm_resnas.nas.count import count_macs
+    from timm_resnas.nas.count import count_macs, macs_vary
 
     with cli_errors("train.py"):
         accelerator = start(options)
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         scaled = f" ({options.lr_base:g} x {options.batch_size} / {options.lr_base_size})" if options.lr is None else ""
         macs, size = count_macs(model, tuple(data.config["input_size"])), data.config["input_size"]
         run.print(
-            f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {macs / 1e6:,.1f} MMACs at "
+            f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{'at most ' * macs_vary(model)}{macs / 1e6:,.1f} MMACs at "
             f"{size[1]} x {size[2]}; {data.num_train} images to train on, {len(data.val)} to choose weights by, "
             f"{len(data.splits.test)} to test\n"
             f"{options.epochs} epochs of {training.steps} steps of {options.batch_size} images, learning rate up to "

@@ -19,10 +19,10 @@ from torch.testing import assert_close
 import timm_resnas
 from recipes import benchmark_shrink
 from timm_resnas.arch import attention, mlp
-from timm_resnas.models import token_layers, token_reduction
+from timm_resnas.models import token_layers, token_reduction, vit_tokens
 from timm_resnas.models.token_layers import at_most, sample
 from timm_resnas.models.token_reduction import METHODS, TokenError, reduce_in_place, unreduced
-from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.count import count_macs, expected_macs, macs_vary
 from timm_resnas.tasks import DynamicViTTask, dynamicvit_groups
 
 SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
@@ -219,7 +219,7 @@ def test_patchmerger_evaluates_as_released(golden):
         nn.Identity(), nn.LayerNorm(3 * patch**2), nn.Linear(3 * patch**2, dim), nn.LayerNorm(dim)
     )
     model = reduce_in_place(model, "patchmerger", after_block=config["patch_merge_layer"]).eval()
-    model.load_state_dict(state)
+    model.load_state_dict(vit_tokens.checkpoint_filter_fn(state, model))
     x = tensors["input"].unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1)
     with torch.inference_mode():
         assert_close(model(x.flatten(3).flatten(1, 2)), tensors["logits"], rtol=1e-5, atol=1e-5)
@@ -312,6 +312,28 @@ def test_saved_and_loaded(name, method, tmp_path):
     overlay = dict(file=str(tmp_path / "base" / "model.safetensors"), num_classes=7)
     fresh = timm.create_model("vit_tokens", pretrained=True, pretrained_cfg_overlay=overlay, **args)
     assert_close({k: v for k, v in fresh.state_dict().items() if k in base.state_dict()}, base.state_dict())
+
+
+def test_several_mergers(tmp_path):
+    """One after the other, each in its place; saved, loaded, and the layout of one merger's file is read, too."""
+    base = make("deit_tiny_patch16_224")
+    model = timm_resnas.reduce_tokens(base, "patchmerger", after_block=[1, 3], num_tokens=[6, 2])
+    x = images(model)
+    with torch.inference_mode():
+        tokens = base.norm_pre(base._pos_embed(base.patch_embed(x)))
+        for i, block in enumerate(base.blocks):
+            if i in (1, 3):
+                tokens = torch.cat([tokens[:, :1], model.patch_merger[i // 2](tokens[:, 1:])], dim=1)
+            tokens = block(tokens)
+        assert_close(model.forward_features(x), base.norm(tokens))
+        timm_resnas.save_pretrained(model, tmp_path / "several")
+        assert torch.equal(timm_resnas.load(tmp_path / "several", check=True).eval()(x), model(x))
+        single = timm_resnas.reduce_tokens(base, "patchmerger", after_block=2, num_tokens=5)
+        old = {k.replace("patch_merger.0.", "patch_merger."): v for k, v in single.state_dict().items()}
+        fresh = timm_resnas.reduce_tokens(base, "patchmerger", after_block=2, num_tokens=5)
+        fresh.load_state_dict(vit_tokens.checkpoint_filter_fn(old, fresh))
+        assert torch.equal(fresh(x), single(x))
+    assert model.options() == {"after_block": [1, 3], "num_tokens": [6, 2], "scaled": True}
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
@@ -415,11 +437,14 @@ def test_merged_tokens_have_no_map():
     assert model.forward_intermediates(x, [3], output_fmt="NLC", intermediates_only=True)[0].shape == (3, 3, 96)
     with pytest.raises(ValueError, match="merged tokens have no place in the image; take output_fmt='NLC'"):
         model.forward_intermediates(x)
-    pruned = timm_resnas.reduce_tokens(make("deit_tiny_patch16_224"), "patchmerger", after_block=2)
+    pruned = timm_resnas.reduce_tokens(make("deit_tiny_patch16_224"), "patchmerger", after_block=[1, 3])
     pruned.prune_intermediate_layers([1])
-    assert not any("merger" in key for key in pruned.state_dict())
+    assert {key for key in pruned.state_dict() if "merger" in key} == {
+        f"patch_merger.0.{name}" for name in ("queries", "norm.weight", "norm.bias")
+    }
+    assert pruned.forward_features(x).shape == (3, 1 + 8, 96)
     # an average over inputs, whatever their order and number
-    merger = model.patch_merger
+    (merger,) = model.patch_merger
     for n in (2, 30):
         tokens = torch.randn(2, n, 96)
         merged = merger(tokens)
@@ -498,6 +523,9 @@ def test_multiply_accumulates():
     assert count_macs(model, (3, 32, 32)) == found == count_macs(model.train(), (3, 32, 32))
     model = timm_resnas.reduce_tokens(base, "patchmerger", after_block=3, num_tokens=5)
     assert count_macs(model, (3, 32, 32)) == ends + blocks(17, 17, 17, 6) + 2 * 5 * 16 * 96
+    model = timm_resnas.reduce_tokens(base, "patchmerger", after_block=[1, 3], num_tokens=[9, 4])
+    merged = 2 * 9 * 16 * 96 + 2 * 4 * 9 * 96
+    assert count_macs(model, (3, 32, 32)) == ends + blocks(17, 10, 10, 5) + merged
     model = timm_resnas.reduce_tokens(base, "ats", blocks=[2, 3], max_tokens=9)
 
     def sampled(entering, leaving):  # the class token's row twice: for the scores, and for the output
@@ -505,6 +533,15 @@ def test_multiply_accumulates():
         return rows + leaving * (96 * 96 + 2 * 96 * 384)
 
     assert count_macs(model, (3, 32, 32)) == ends + blocks(17, 17) + sampled(17, 10) + sampled(10, 10)
+    assert macs_vary(model) and not macs_vary(base)
+    # what they are for images, each by the number of tokens that it keeps
+    x, kept = images(model, 6), []
+    for one in x.split(1):
+        *_, before, after = (tokens.shape[1] for tokens, _, _ in model.steps(one))
+        kept.append(ends + blocks(17, 17) + sampled(17, before) + sampled(before, after))
+    assert expected_macs(model, x) == sum(kept) / 6 <= count_macs(model, (3, 32, 32)) and len(set(kept)) > 1
+    fixed = timm_resnas.reduce_tokens(base, "ats", blocks=[2, 3], keep_ratios=[0.5, 0.5])
+    assert not macs_vary(fixed) and expected_macs(fixed, x) == count_macs(fixed, (3, 32, 32))
 
 
 @pytest.mark.parametrize("method", ["dynamicvit", "patchmerger"])
@@ -526,6 +563,19 @@ def test_exported(method):
         ("deit_tiny_patch16_224", "ats", dict(max_tokens=0), "max_tokens must be a whole number from 1, or a share"),
         ("deit_tiny_patch16_224", "patchmerger", dict(after_block=4), "after_block must be .* from 1 to 3, got 4"),
         ("deit_tiny_patch16_224", "patchmerger", dict(num_tokens=2.5), "num_tokens must be a whole number from 1"),
+        (
+            "deit_tiny_patch16_224",
+            "patchmerger",
+            dict(after_block=[]),
+            "after_block must be .* from 1 to 3, got \\[\\]",
+        ),
+        ("deit_tiny_patch16_224", "patchmerger", dict(after_block=[2, 2]), "must be rising numbers, got"),
+        (
+            "deit_tiny_patch16_224",
+            "patchmerger",
+            dict(after_block=[1, 2, 3], num_tokens=[8, 4]),
+            "one for each of the 3 mergers; got \\[8, 4\\]",
+        ),
         ("vit_base_patch16_siglip_224", "ats", {}, "what the class token sees; this VisionTransformer has none"),
         ("vit_elastic", "ats", dict(blocks=[1]), "ats knows timm's Attention, but blocks.1.attn is a Absent"),
         ("beit_base_patch16_224", "dynamicvit", {}, "timm's VisionTransformer; a Beit has its own forward"),

@@ -41,6 +41,7 @@ from ..data import (
 from ..hub import save_pretrained
 from ..models.token_reduction import DynamicViT
 from ..models.vit_tokens import reduce_tokens
+from ..nas.count import expected_macs, macs_vary
 from ..tasks import (
     DynamicViTTask,
     HardLabelDistillationTask,
@@ -60,6 +61,8 @@ from .settings import TrainOptions
 from .training import Training, check_passes
 
 __all__ = ["ModelTraining", "TrainData", "check_options", "finish", "learning_rate", "make_teacher", "prepare"]
+
+COUNTED = 64  # images, at most, that expected MACs are the mean of
 
 
 def check_options(options: TrainOptions, world: int) -> None:
@@ -545,7 +548,7 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
 
     Args:
         training: At its end.
-        macs: Of the model.
+        macs: Of the model; the most, where they depend on the image.
         batches: A function of (images, data_config) that gives a part's batches.
     """
     options, accelerator, run, data = training.options, training.accelerator, training.run, training.data
@@ -568,8 +571,13 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
         tests[name] = evaluate(accelerator, model, batches(data.splits.test, config))
         which = f" (epoch {chosen['epoch']}, {chosen['weights']})" if name == "best" else ""
         run.print(f"  {name + which:24} {format_scores(tests[name])}")
-    baseline = None
+    baseline, expected = None, {}
     if run.is_main:
+        if macs_vary(best):
+            seen = next(iter(batches(data.splits.test, data.config)))[0][:COUNTED]
+            expected = {"macs_expected": round(expected_macs(best, seen)), "macs_images": len(seen)}
+            mean, most = expected["macs_expected"] / 1e6, macs / 1e6
+            run.print(f"  {'MACs':24} {mean:,.1f} M expected, mean of {len(seen)} test images; at most {most:,.1f} M")
         baseline = score_baseline(data.splits, data.config, options.workers)
         run.print(f"  {'random forest':24} top-1 {baseline['test'] / baseline['images']:.4f}")
         weak = verdict(tests["best"]["top1"], baseline, options.pretrained or options.pretrained_path is not None)
@@ -579,6 +587,7 @@ def finish(training: ModelTraining, macs: int, batches: Callable[..., Any]) -> d
         "model": options.model,
         "params": sum(p.numel() for p in training.model.parameters()),
         "macs": macs,
+        **expected,
         "input_size": data.config["input_size"],
         "dataset": options.dataset,
         "images": {"train": data.num_train, "val": len(data.val), "test": len(data.splits.test)},

@@ -109,6 +109,10 @@ class TokenReduction:
         """Whether slots of what `forward_features` returns may be unused."""
         return False
 
+    def macs_vary(self) -> bool:
+        """Whether the arithmetic of an evaluation depends on the image."""
+        return False
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def checkpointed(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -249,6 +253,16 @@ def _ratios(values: Any, count: int, places: str) -> list[float]:
             f"than the one before; got {values!r:.60}"
         )
     return [float(r) for r in ratios]
+
+
+def _numbers(name: str, values: Any, most: int | None = None) -> list[int]:
+    """One number or several, as a list."""
+    given = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    for value in given or [values]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            bounds = f"from 1 to {most}" if most else "from 1"
+            raise TokenError(f"{name} must be a whole number {bounds}, got {value!r:.40}")
+    return given
 
 
 def _check_blocks(model: nn.Module, numbers: Sequence[int], what: str, attention: Sequence[type]) -> None:
@@ -403,7 +417,7 @@ class AdaptiveTokenSampling(TokenReduction):
 
     It has no parameters and needs no training. As its shapes depend on the image, it is neither scripted, traced nor
     exported, and its multiply-accumulates counted without data (`timm_resnas.nas.count`) are the most that
-    ``max_tokens`` allows.
+    ``max_tokens`` allows; `timm_resnas.nas.count.expected_macs` has their mean over images.
 
     With ``keep_ratios`` nothing is sampled: the highest-scored tokens stay, a fixed number of them, as in DynamicViT.
     Such a network is exported and counted as any other.
@@ -456,6 +470,10 @@ class AdaptiveTokenSampling(TokenReduction):
 
     def has_gaps(self) -> bool:
         """Where images of a batch keep different numbers."""
+        return self.macs_vary()
+
+    def macs_vary(self) -> bool:
+        """Where images decide how many tokens stay."""
         return self.keep_ratios is None
 
     def limit(self, counts: torch.Tensor) -> torch.Tensor:
@@ -572,38 +590,50 @@ class AdaptiveTokenSampling(TokenReduction):
 
 
 class PatchMerging(TokenReduction):
-    """A `PatchMerger` between two blocks; it has to be trained.
+    """A `PatchMerger` between two blocks, or several; they have to be trained.
 
     The tokens after it have no place in the image: `forward_intermediates` gives maps of earlier blocks only.
     """
 
     method = "patchmerger"
+    after_block: list[int]
 
-    def set_up(self, after_block: int | None = None, num_tokens: int = 8, scaled: bool = True) -> None:
-        """Add the merger.
+    def set_up(
+        self,
+        after_block: int | Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] = 8,
+        scaled: bool = True,
+    ) -> None:
+        """Add the mergers.
 
         Args:
-            after_block: Number of blocks that run before it. Default: half of them.
-            num_tokens: Number of tokens that come out.
+            after_block: Number of blocks that run before it; of several mergers, rising numbers. Default: half of them.
+            num_tokens: Number of tokens that come out; of several mergers one number for all, or one for each.
             scaled: See `PatchMerger`.
 
         Raises:
             TokenError: Options that do not fit.
         """
         depth = len(self.blocks)
-        after_block = depth // 2 if after_block is None else after_block
-        for name, value, most in (("after_block", after_block, depth - 1), ("num_tokens", num_tokens, None)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-                bounds = f"from 1 to {most}" if most else "from 1"
-                raise TokenError(f"{name} must be a whole number {bounds}, got {value!r:.40}")
+        places = _numbers("after_block", depth // 2 if after_block is None else after_block, depth - 1)
+        if places != sorted(set(places)):
+            raise TokenError(f"after_block of several mergers must be rising numbers, got {places!r:.60}")
+        counts = _numbers("num_tokens", num_tokens)
+        if isinstance(num_tokens, int):
+            counts = counts * len(places)
+        if len(counts) != len(places):
+            raise TokenError(
+                f"num_tokens must be one number, or one for each of the {len(places)} mergers; got {counts}"
+            )
         if not isinstance(scaled, bool):
             raise TokenError(f"scaled must be true or false, got {scaled!r:.40}")
-        self.after_block, self.num_tokens, self.scaled = after_block, num_tokens, scaled
-        self.patch_merger = PatchMerger(self.embed_dim, num_tokens, scaled, **get_device_dtype(self))
+        self.after_block, self.num_tokens, self.scaled = places, counts, scaled
+        dd = get_device_dtype(self)
+        self.patch_merger = nn.ModuleList([PatchMerger(self.embed_dim, count, scaled, **dd) for count in counts])
 
     def options(self) -> dict[str, Any]:
         """See `set_up`."""
-        return {"after_block": self.after_block, "num_tokens": self.num_tokens, "scaled": self.scaled}
+        return {"after_block": list(self.after_block), "num_tokens": list(self.num_tokens), "scaled": self.scaled}
 
     def before(
         self,
@@ -614,16 +644,18 @@ class PatchMerging(TokenReduction):
         total: int,
     ) -> State:
         """Merge the patch tokens."""
-        if i == self.after_block:
-            prefix = self.num_prefix_tokens
-            x = torch.cat([x[:, :prefix], self.patch_merger(x[:, prefix:])], dim=1)
+        for s, merger in enumerate(self.patch_merger):
+            if self.after_block[s] == i:
+                prefix = self.num_prefix_tokens
+                x = torch.cat([x[:, :prefix], merger(x[:, prefix:])], dim=1)
         return x, kept, weight
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """See timm's VisionTransformer."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
-        if self.after_block >= len(self.blocks):
-            self.patch_merger = nn.Identity()
+        self.after_block = [i for i in self.after_block if i < len(self.blocks)]
+        self.num_tokens = self.num_tokens[: len(self.after_block)]
+        self.patch_merger = self.patch_merger[: len(self.after_block)]
         return taken
 
 

@@ -6,6 +6,7 @@ of the base.
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Map
     parents = type(model).__mro__
     plain = next(c for c in parents if issubclass(c, VisionTransformer) and not issubclass(c, TokenReduction))
     found = filter_of(plain)(state_dict, model)
-    if any(key.startswith(_NEW) for key in found):
-        return found
+    if any(key.startswith(_NEW) for key in found):  # of a single merger without a number, as in the paper's code
+        return {re.sub(r"^patch_merger\.(?=norm|queries)", "patch_merger.0.", k): v for k, v in found.items()}
     return {**found, **{k: v for k, v in model.state_dict().items() if k.startswith(_NEW)}}
 
 

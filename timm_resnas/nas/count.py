@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_macs", "count_modules"]
+__all__ = ["count_macs", "count_modules", "expected_macs", "macs_vary"]
 
 
 def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -30,10 +30,39 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
             numbers.
         input_size: (channels, height, width) of the image.
 
+    Returns:
+        Of a network that does more for some images than for others the most, see `macs_vary`.
+
     Raises:
         ValueError: The model takes no such image, or its shapes depend on values, not on shapes alone.
     """
     return count_modules(model, input_size)[""]
+
+
+def macs_vary(model: nn.Module) -> bool:
+    """Whether a network does more for some images than for others, as Adaptive Token Sampling does.
+
+    Then `count_macs` tells the most that it may do, and `expected_macs` what it does for given images.
+    """
+    return hasattr(model, "macs_vary") and model.macs_vary()
+
+
+@torch.inference_mode()
+def expected_macs(model: nn.Module, images: torch.Tensor) -> float:
+    """Multiply-accumulates of an image, by the rules of `count_macs`: mean over these, each alone.
+
+    Args:
+        model: Left as it was.
+        images: [n, C, H, W] on the model's device.
+    """
+    plain = copy.deepcopy(model).eval()
+    for module in plain.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        for x in images.split(1):
+            plain(x)
+    return counter.get_total_flops() / 2 / len(images)
 
 
 def count_modules(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
