@@ -25,6 +25,10 @@ step. `--step paths`, with `--space efficientformer` or `efficientformer_micro`,
 paths of each block mixed, the weights of the mixture along (EfficientFormer, arXiv 2206.01191; `--path-noise`,
 `--path-temperature`): at the end it prints how probable each path is, and `supernet/paths.json` keeps it.
 
+`--switchable-scale 0.1` multiplies both branches of each block by scales that each depth and width of a sub-network has
+for itself, and that begin at 0.1 (NASViT's switchable scaling; ViT-ResNAS and AutoFormer). What is extracted from such
+a supernet has them in its weights, and is the plain network otherwise.
+
 The images that a search will score candidates on are cut from the training set first, recorded in the run's
 `state/data.json`, and never trained on; the test images are not looked at.
 

@@ -66,7 +66,7 @@ __all__ = [
 
 OF_STEPS = (  # options
     *("step", "sampler", "mode", "token_labeling", "teacher", "teacher_path", "temperature"),
-    *("clip_others", "project_epoch", "path_noise", "path_temperature"),
+    *("clip_others", "project_epoch", "path_noise", "path_temperature", "switchable_scale"),
 )
 OF_GENERATIONS = ("population", "iterations", "parents", "mutations", "crossovers", "mutation_prob")
 OF_SLIMMING = ("gain", "slim_step", "together")

@@ -166,6 +166,13 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
         choices=("uniform", "gumbel", "none"),
     )
     path_temperature: float = option(1.0, "of --step paths: of the softmax over paths", metavar="T", range=POSITIVE)
+    switchable_scale: float | None = option(
+        None,
+        "scale both branches of each block by numbers of their own for each depth and width, which begin here (NASViT: "
+        "1e-4); folded into the weights of what is found (default: no scales)",
+        metavar="INIT",
+        range=POSITIVE,
+    )
     mode: str = option(
         "sliced", "several sub-networks: each through its slices, or masked (the paper's)", choices=("sliced", "masked")
     )

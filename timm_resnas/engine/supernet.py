@@ -121,6 +121,10 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
             f"--step paths is for blocks of several paths, as in --space efficientformer_micro; those of "
             f"{options.space or 'micro'} have one"
         )
+    if options.switchable_scale is not None and not space.scales:
+        raise RunError(
+            f"--switchable-scale is for spaces of ViT-ResNAS and AutoFormer; blocks of {options.space} have none"
+        )
     make_sampler(options, space)
     TokenLabelLoss(patch_weight=options.patch_weight)
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
@@ -214,6 +218,8 @@ def create_supernet(options: SupernetOptions, data: SearchData) -> Supernet:
     """The untrained supernet; it carries its data's preprocessing."""
     torch.manual_seed(step_seed(options.seed, Stream.WEIGHTS))
     given: dict[str, Any] = {"patch_head": True} if options.token_labeling else {}
+    if options.switchable_scale is not None:
+        given["switchable_scale"] = options.switchable_scale
     return timm.create_model(
         data.space.supernet,
         space=data.space.to_dict(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ..models.autoformer import (
 )
 from ..nas.elastic import Widths, elastic_layer_norm, elastic_linear, masked_layer_norm
 from ..nas.packs import (
+    BlockAt,
     Pack,
     classify,
     embed_patches,
@@ -32,21 +33,13 @@ from ..nas.packs import (
     pre_norm_block,
     pre_norm_block_one,
 )
+from ..nas.scaling import add_scales, nearest
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.units import Units, pre_norm_units
 from .autoformer_space import AutoFormerArch, AutoFormerSpace
 
 __all__ = ["AutoFormerArch", "AutoFormerSpace", "AutoFormerSupernet"]
-
-
-class LayerWidths(NamedTuple):
-    """Widths of a layer of a sub-network."""
-
-    dim: int
-    attn_dim: int  # channels of all heads
-    mlp_hidden: int
-    exists: bool
 
 
 class AutoFormerSupernet(Supernet, AutoFormer):
@@ -57,6 +50,7 @@ class AutoFormerSupernet(Supernet, AutoFormer):
 
     Args:
         space: A preset's name, a dict as `SearchSpace.to_dict` returns it, or an `AutoFormerSpace`.
+        switchable_scale: First value of scales of both branches of each layer, see `SwitchableScale`; None: none.
         **kwargs: As `AutoFormer`, without the architecture; what is not given comes from ``space.model_args``.
     """
 
@@ -64,7 +58,7 @@ class AutoFormerSupernet(Supernet, AutoFormer):
     active: AutoFormerArch | None
     modes = ("sliced", "masked")
 
-    def __init__(self, space: Any, **kwargs) -> None:
+    def __init__(self, space: Any, switchable_scale: float | None = None, **kwargs) -> None:
         space = SearchSpace.create(space)
         if not isinstance(space, AutoFormerSpace):
             raise ValueError(f"an AutoFormer supernet needs a space of its family, got one of {space.family!r}")
@@ -72,6 +66,12 @@ class AutoFormerSupernet(Supernet, AutoFormer):
         super().__init__(**space.allocation.args(), **kwargs)
         # space.model_args always describes the network that was built
         self.set_space(space.at(**{k: kwargs[k] for k in space.model_args}))
+        self._steps: tuple[list[int], list[int]] | None = None  # depths and widths
+        if switchable_scale is not None:
+            choices = space.choices_dict()
+            self._steps = sorted(choices["depth"]), sorted(choices["embed_dim"])
+            for block in self.blocks:
+                add_scales(block, *map(len, self._steps), switchable_scale)
 
     # -- choosing sub-networks --------------------------------------------------------------------------------------
 
@@ -117,11 +117,21 @@ class AutoFormerSupernet(Supernet, AutoFormer):
         """See `Supernet.units`."""
         return tuple(unit for i, block in enumerate(self.blocks) for unit in pre_norm_units(f"blocks.{i}", block))
 
-    def _widths(self, arch: AutoFormerArch, i: int) -> LayerWidths:
+    def scales_at(self, arch: AutoFormerArch) -> list[tuple[int, int]]:
+        """See `Supernet.scales_at`; beside the space's choices the nearest ones count."""
+        return [self._scale_at(arch)] * len(self.blocks)
+
+    def _scale_at(self, arch: AutoFormerArch) -> tuple[int, int]:
+        if self._steps is None:
+            return 0, 0
+        depths, widths = self._steps
+        return nearest(depths, arch.depth), nearest(widths, arch.embed_dim)
+
+    def _widths(self, arch: AutoFormerArch, i: int) -> BlockAt:
         if i >= arch.depth:
-            return LayerWidths(arch.embed_dim, 0, 0, False)
+            return BlockAt(arch.embed_dim, 0, 0, False)
         hidden = mlp_hidden(arch.embed_dim, arch.mlp_ratio[i])
-        return LayerWidths(arch.embed_dim, arch.num_heads[i] * self.head_dim, hidden, True)
+        return BlockAt(arch.embed_dim, arch.num_heads[i] * self.head_dim, hidden, True, self._scale_at(arch))
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -168,9 +178,10 @@ class AutoFormerSupernet(Supernet, AutoFormer):
         keep = next(masks)
         x = self._tokens(self.patch_embed(x)).unflatten(0, (len(archs), -1)) * keep
         for i in range(len(self.blocks)):
-            widths = [self._widths(arch, i).attn_dim for arch in archs]
+            own = [self._widths(arch, i) for arch in archs]
+            widths = [w.attn_dim for w in own]
             attention = partial(_masked_attention, widths=widths, positions=positions, layout=self.qkv_bias_layout)
-            args = (x, keep, next(masks), next(masks), next(masks), attention)
+            args = (x, keep, next(masks), next(masks), next(masks), own, attention)
             x = self._run(i, masked_pre_norm_block, *args)
         x = masked_layer_norm(x, keep, self.norm.weight, self.norm.bias, self.norm.eps).flatten(0, 1)
         return self.forward_head(x if self.num_classes > 0 else x[..., : archs[0].embed_dim])

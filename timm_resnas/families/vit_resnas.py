@@ -5,6 +5,7 @@ Paper: "Searching for Efficient Multi-Stage Vision Transformers" - https://arxiv
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from ..models.network_def import Block, NetworkDef, Reduction
 from ..models.vit_resnas import SpatialReduction, TransformerBlock, VitResNas, _cfg, checkpoint_filter_fn
 from ..nas.elastic import elastic_layer_norm, elastic_linear, masked_layer_norm, zero_grads_for
 from ..nas.packs import (
+    BlockAt,
     Pack,
     by_width,
     classify,
@@ -27,6 +29,7 @@ from ..nas.packs import (
     pre_norm_block,
     pre_norm_block_one,
 )
+from ..nas.scaling import add_scales, nearest
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..nas.units import Units, pre_norm_units
@@ -41,6 +44,8 @@ class VitResNasSupernet(Supernet, VitResNas):
 
     Args:
         space: A preset's name, a dict as `SearchSpace.to_dict` returns it, or a `VitResNasSpace`.
+        switchable_scale: First value of scales of both branches of each block, by the depth and the width of its stage,
+            see `SwitchableScale`; None: none.
         **kwargs: As `VitResNas`, without ``network_def``; what is not given comes from ``space.model_args``.
     """
 
@@ -48,7 +53,7 @@ class VitResNasSupernet(Supernet, VitResNas):
     active: NetworkDef | None
     modes = ("sliced", "masked")
 
-    def __init__(self, space: Any, **kwargs) -> None:
+    def __init__(self, space: Any, switchable_scale: float | None = None, **kwargs) -> None:
         if "network_def" in kwargs:
             raise TypeError(
                 "a supernet takes space, a preset's name or a dict, instead of network_def; vit_resnas takes a "
@@ -61,6 +66,15 @@ class VitResNasSupernet(Supernet, VitResNas):
         super().__init__(space.largest.to_network_def(), **kwargs)
         # space.model_args always describes the network that was built
         self.set_space(space.at(**{k: kwargs[k] for k in space.model_args}))
+        self._steps: list[tuple[list[int], list[int]]] | None = None  # depths and widths of each stage
+        if switchable_scale is not None:
+            least, most = space.smallest.depths, space.largest.depths
+            dims = [sorted(gene.choices) for gene in space.genes if gene.name == "embed_dim"]
+            self._steps = [(list(range(a, b + 1)), own) for a, b, own in zip(least, most, dims, strict=True)]
+            stages = self._stages()
+            for block, stage in zip(self.blocks, stages, strict=True):
+                if isinstance(block, TransformerBlock):
+                    add_scales(block, *map(len, self._steps[stage]), switchable_scale)
 
     # -- choosing sub-networks --------------------------------------------------------------------------------------
 
@@ -117,6 +131,29 @@ class VitResNasSupernet(Supernet, VitResNas):
             repair_narrower(net, super().extract(replace(arch, blocks=tuple(blocks))), repair)
         return net
 
+    def _stages(self) -> list[int]:
+        """The stage that each of ``blocks`` belongs to; a reduction to the one before it."""
+        before = itertools.accumulate(isinstance(block, Reduction) for block in self.arch.blocks)
+        return [n - isinstance(b, Reduction) for n, b in zip(before, self.arch.blocks, strict=True)]
+
+    def scales_at(self, arch: NetworkDef) -> list[tuple[int, int]]:
+        """See `Supernet.scales_at`; beside the space's choices the nearest ones count."""
+        depths, dims = arch.depths, [stage[0].dim for stage in arch.stages]
+        own = [
+            (nearest(known, depth), nearest(widths, dim))
+            for (known, widths), depth, dim in zip(self._steps or (), depths, dims, strict=True)
+        ]
+        return [own[stage] for stage in self._stages()]
+
+    def _entries(self, arch: NetworkDef) -> Sequence[Any]:
+        """Its blocks and reductions; blocks know where their scales are."""
+        if self._steps is None:
+            return arch.blocks
+        return [
+            BlockAt(b.dim, b.attn_dim, b.mlp_hidden, b.exists, at) if isinstance(b, Block) else b
+            for b, at in zip(arch.blocks, self.scales_at(arch), strict=True)
+        ]
+
     def own_key(self, arch: NetworkDef, key: str) -> str:
         """See `Supernet.own_key`: absent blocks are not counted in the extracted network."""
         if not key.startswith("blocks."):
@@ -167,11 +204,11 @@ class VitResNasSupernet(Supernet, VitResNas):
         keep = next(masks)
         x = self._tokens(self.patch_embed.projection(stem).flatten(2).transpose(1, 2))
         x = x.unflatten(0, (groups, -1)) * keep
-        for block in self.blocks:
+        for block, *entries in zip(self.blocks, *map(self._entries, archs), strict=True):
             if isinstance(block, SpatialReduction):
                 x = self._masked_reduce(block, x, keep, keep := next(masks))
                 continue
-            args = (block, x, keep, next(masks), next(masks), next(masks))
+            args = (block, x, keep, next(masks), next(masks), next(masks), entries)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(masked_pre_norm_block, *args)
             else:
@@ -216,7 +253,7 @@ class VitResNasSupernet(Supernet, VitResNas):
         """See `Supernet.forward_one`."""
         conv, dim = self.patch_embed.projection, arch.patch_embed.dim
         x = self._tokens(F.conv2d(h, conv.weight[:dim], conv.bias[:dim], conv.stride).flatten(2).transpose(1, 2))
-        for block, entry in zip(self.blocks, arch.blocks, strict=True):
+        for block, entry in zip(self.blocks, self._entries(arch), strict=True):
             if isinstance(entry, Reduction):
                 x = self._reduce_one(block, x, entry)
             elif entry.exists:
@@ -238,8 +275,7 @@ class VitResNasSupernet(Supernet, VitResNas):
     def _forward_sliced(self, h: torch.Tensor, archs: Sequence[NetworkDef]):
         packs = embed_patches(h, self.patch_embed.projection, [arch.patch_embed.dim for arch in archs])
         packs = [Pack(pack.groups, self._tokens(pack.x)) for pack in packs]
-        for i, block in enumerate(self.blocks):
-            entries = [arch.blocks[i] for arch in archs]
+        for block, *entries in zip(self.blocks, *map(self._entries, archs), strict=True):
             if isinstance(block, SpatialReduction):
                 packs = self._reduce(block, packs, entries)
             elif self.grad_checkpointing and torch.is_grad_enabled():

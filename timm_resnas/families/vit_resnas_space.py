@@ -56,6 +56,7 @@ class VitResNasSpace(SearchSpace):
 
     family = "vit_resnas"
     arch_type = NetworkDef
+    scales = True
     supernet = "vit_resnas_supernet"
     training_args = ("patch_head", *_RATES)
     largest: NetworkDef

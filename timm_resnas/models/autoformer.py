@@ -211,14 +211,16 @@ class Block(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = RelPosAttention(dim, num_heads, head_dim, reach, attn_drop, proj_drop, **dd)
+        self.ls1 = nn.Identity()  # a supernet may scale its branches
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, mlp_hidden, drop=proj_drop, **dd)
+        self.ls2 = nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), rows, cols, places))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rows, cols, places)))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
 

@@ -128,14 +128,16 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(
             dim, num_heads, attn_head_dim=head_dim, qkv_bias=True, attn_drop=attn_drop, proj_drop=proj_drop, **dd
         )
+        self.ls1 = nn.Identity()  # a supernet may scale its branches
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, mlp_hidden, drop=proj_drop, **dd)
+        self.ls2 = nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .elastic import Widths, elastic_layer_norm, elastic_linear, masked_layer_norm, zero_grads_for
+from .scaling import scaled, scaled_one
 
 __all__ = [
+    "BlockAt",
     "BlockWidths",
     "Pack",
     "attend",
@@ -41,6 +43,16 @@ class BlockWidths(Protocol):
     attn_dim: int  # channels of all heads
     mlp_hidden: int
     exists: bool
+
+
+class BlockAt(NamedTuple):
+    """`BlockWidths`, and where the block's scales are, see `SwitchableScale`."""
+
+    dim: int
+    attn_dim: int
+    mlp_hidden: int
+    exists: bool
+    scale: tuple[int, int] = (0, 0)
 
 
 def by_width(widths: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -112,9 +124,10 @@ def pre_norm_block(
     """One transformer block on the groups in which it is present.
 
     Args:
-        block: With ``norm1, attn, drop_path1, norm2, mlp, drop_path2`` of timm, at the full network's widths.
+        block: With ``norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2`` of timm, at the full network's
+            widths; ls1 and ls2 are switchable scales, or do nothing.
         packs: All groups.
-        widths: Of each group.
+        widths: Of each group; `BlockAt` where there are scales.
         attention: What ``block.attn`` computes, for a family of its own kind.
     """
     kept = [[i for i, g in enumerate(pack.groups) if widths[g].exists] for pack in packs]
@@ -131,13 +144,15 @@ def pre_norm_block(
     attn, mlp = block.attn, block.mlp
     ys = [elastic_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps) for x in xs]
     ys = attention(attn, ys, dims, heads)
-    xs = [x + block.drop_path1(attn.proj_drop(y)) for x, y in zip(xs, ys, strict=True)]
+    ys = [scaled(block.ls1, attn.proj_drop(y), g) for y, g in zip(ys, genes, strict=True)]
+    xs = [x + block.drop_path1(y) for x, y in zip(xs, ys, strict=True)]
 
     ys = [elastic_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps) for x in xs]
     ys = elastic_linear(ys, mlp.fc1.weight, mlp.fc1.bias, dims, hidden)
     ys = [mlp.drop1(mlp.act(y)) for y in ys]
     ys = elastic_linear(ys, mlp.fc2.weight, mlp.fc2.bias, hidden, dims)
-    xs = [x + block.drop_path2(mlp.drop2(y)) for x, y in zip(xs, ys, strict=True)]
+    ys = [scaled(block.ls2, mlp.drop2(y), g) for y, g in zip(ys, genes, strict=True)]
+    xs = [x + block.drop_path2(y) for x, y in zip(xs, ys, strict=True)]
 
     packs = list(packs)
     for k, x in zip(used, xs, strict=True):
@@ -154,10 +169,11 @@ def pre_norm_block_one(
     """As `pre_norm_block` of one group, without what gradients and several groups need. [B, N, dim]"""
     mlp, dim, hidden = block.mlp, widths.dim, widths.mlp_hidden
     y = elastic_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    x = x + attention(block.attn, y, dim, widths.attn_dim)
+    x = x + scaled_one(block.ls1, attention(block.attn, y, dim, widths.attn_dim), widths)
     y = elastic_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps)
     y = mlp.act(F.linear(y, mlp.fc1.weight[:hidden, :dim], mlp.fc1.bias[:hidden]))
-    return x + F.linear(y, mlp.fc2.weight[:dim, :hidden], mlp.fc2.bias[:dim])
+    y = F.linear(y, mlp.fc2.weight[:dim, :hidden], mlp.fc2.bias[:dim])
+    return x + scaled_one(block.ls2, y, widths)
 
 
 def masked_pre_norm_block(
@@ -167,6 +183,7 @@ def masked_pre_norm_block(
     heads: torch.Tensor,
     hidden: torch.Tensor,
     branch: torch.Tensor,
+    widths: Sequence[BlockWidths],
     attention: Callable[..., torch.Tensor] = masked_self_attention,
 ) -> torch.Tensor:
     """As `pre_norm_block`, the paper's way: the full block, with channels of each group set to zero.
@@ -178,16 +195,17 @@ def masked_pre_norm_block(
         heads: Of the channels of all heads.
         hidden: Of the hidden units.
         branch: Of the channels of both branches' sums: none where the block is absent.
+        widths: Of each group; what is read of them is where its scales are.
         attention: As in `pre_norm_block`.
     """
     mlp, groups = block.mlp, (len(x), -1)
     y = masked_layer_norm(x, keep, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    y = attention(block.attn, y, heads).flatten(0, 1)
-    x = torch.addcmul(x, block.drop_path1(block.attn.proj_drop(y)).unflatten(0, groups), branch)
+    y = scaled(block.ls1, block.attn.proj_drop(attention(block.attn, y, heads)), widths).flatten(0, 1)
+    x = torch.addcmul(x, block.drop_path1(y).unflatten(0, groups), branch)
 
     y = masked_layer_norm(x, keep, block.norm2.weight, block.norm2.bias, block.norm2.eps)
     y = mlp.drop1(mlp.act(mlp.fc1(y)).mul_(hidden))
-    y = mlp.drop2(mlp.fc2(y)).flatten(0, 1)
+    y = scaled(block.ls2, mlp.drop2(mlp.fc2(y)), widths).flatten(0, 1)
     return torch.addcmul(x, block.drop_path2(y).unflatten(0, groups), branch)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..arch import Arch
+from .scaling import LAYERS, SwitchableScale
 from .space import SearchSpace
 from .units import Importance, Units, magnitude, sort_units
 
@@ -107,6 +108,10 @@ class Supernet(nn.Module, ABC):
         Args:
             batches: Images [B, C, H, W] of the training's distribution, batches of one size; some hundred are enough.
         """
+
+    def scales_at(self, arch: Any) -> Sequence[tuple[int, int]]:
+        """Which entry of its tables each of ``blocks`` uses, where there are any, see `SwitchableScale`."""
+        raise NotImplementedError
 
     def own_key(self, arch: Any, key: str) -> str:
         """The name here of a weight of the extracted network."""
@@ -239,11 +244,13 @@ class Supernet(nn.Module, ABC):
     def sliced_state_dict(self, arch: Arch, net: nn.Module) -> dict[str, torch.Tensor]:
         """The sub-network's part of the weights, copied, under the keys of the extracted ``net``."""
         runs = {part.param: part for unit in self.units() for part in unit.parts if part.runs > 1}
-        source = self.state_dict()
+        source, factors = self.state_dict(), self._factors(arch)
         out = {}
         for key, target in net.state_dict().items():
             name = self.own_key(arch, key)
             value = source[name]
+            if name in factors:
+                value = value * factors[name].view(-1, *[1] * (value.ndim - 1))
             if part := runs.get(name):
                 # each run has the first units in front
                 kept = target.shape[part.dim] // part.runs
@@ -252,6 +259,21 @@ class Supernet(nn.Module, ABC):
             value = value[tuple(slice(n) for n in target.shape)]
             out[key] = value.detach().clone(memory_format=torch.contiguous_format)
         return out
+
+    def _factors(self, arch: Arch) -> dict[str, torch.Tensor]:
+        """What each output of the layers named is multiplied by in a sub-network; an extracted one has it inside."""
+        found = {}
+        for name, module in self.named_modules():
+            if isinstance(module, SwitchableScale):
+                block, _, which = name.rpartition(".")
+                row = module.table[self.scales_at(arch)[int(block.rpartition(".")[2])]]
+                found.update({f"{block}.{LAYERS[which]}.{kind}": row for kind in ("weight", "bias")})
+        return found
+
+    def no_weight_decay(self) -> set[str]:
+        """As the full network's, and scales."""
+        own = {f"{n}.table" for n, module in self.named_modules() if isinstance(module, SwitchableScale)}
+        return own | set(super().no_weight_decay())  # type: ignore[misc]
 
     def sort_channels(self, optimizer: torch.optim.Optimizer | None = None, importance: Importance = magnitude) -> None:
         """Put hidden units and heads in order of importance, so that sub-networks keep the best.
