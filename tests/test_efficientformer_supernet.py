@@ -196,12 +196,11 @@ def test_distilled_training_and_the_whole_batch(make):
 def test_gradient_checkpointing(make):
     """With drop path and dropout, which are drawn again as they were."""
     net = perturbed(make(drop_path_rate=0.3, proj_drop_rate=0.2)).train()
-    archs, results, calls = some(net.space, 2), [], []
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = 0.0
+    archs, results, calls, statistics = some(net.space, 2), [], [], []
+    before = {n: b.clone() for n, b in net.named_buffers()}
     for enable in (False, True):
         net.set_grad_checkpointing(enable)
+        net.load_state_dict(before, strict=False)
         torch.manual_seed(0)
         calls.append(0)
 
@@ -210,6 +209,9 @@ def test_gradient_checkpointing(make):
 
         with torch.nn.modules.module.register_module_forward_pre_hook(count):
             results.append(gradients(net, net(images(16), archs=archs).square().sum()))
+        statistics.append({n: b.clone() for n, b in net.named_buffers()})
+    assert_close(statistics[0], statistics[1], rtol=0, atol=0)  # moved once
+    assert any(not torch.equal(b, before[n]) for n, b in statistics[0].items())
     assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
     assert calls[1] > 1.5 * calls[0]  # computed twice
     torch.manual_seed(1)

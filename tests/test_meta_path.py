@@ -13,9 +13,13 @@ from test_efficientformer_supernet import gradients, images, perturbed, small_v1
 from torch.testing import assert_close
 
 from recipes import supernet as recipe
+from timm_resnas.engine.settings import SupernetOptions
+from timm_resnas.engine.supernet import networks_per_image
 from timm_resnas.families.efficientformer_nas import EfficientFormerArch
 from timm_resnas.families.meta_path import MetaPath
 from timm_resnas.hub import load
+from timm_resnas.nas.count import count_macs
+from timm_resnas.nas.space import SearchSpace
 
 # places of `small_v1`: two, one, two, four; the first of each stage is always there, the last three can attend
 PATHS = [("pools", "identity"), ("pools", "identity"), *[("attends", "pools", "identity")] * 3]
@@ -75,6 +79,35 @@ def test_formula(noise):
         y = attends * tokens(stages[3].blocks[2 + k], y) + pools * net.pools[k](y) + identity * y
     features = net.norm(y.flatten(2).transpose(1, 2)).mean(1)
     assert_close(found, (net.head(features) + net.head_dist(features)) / 2)
+
+
+def test_gradient_checkpointing():
+    """The same gradients and statistics; activations are computed twice."""
+    mixed, found = mixture(noise="gumbel").train(), []
+    before = {n: b.clone() for n, b in mixed.named_buffers()}
+    for enable in (False, True):
+        mixed.net.set_grad_checkpointing(enable)
+        mixed.load_state_dict(before, strict=False)
+        calls = []
+        torch.manual_seed(0)
+        with torch.nn.modules.module.register_module_forward_pre_hook(lambda *_, calls=calls: calls.append(0)):
+            grads = gradients(mixed, sum(y.square().sum() for y in mixed(images(4))))
+        found.append((grads, {n: b.clone() for n, b in mixed.named_buffers()}, len(calls)))
+    assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-9)
+    assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+    assert found[1][2] > 1.5 * found[0][2]
+    assert any(not torch.equal(b, before[n]) for n, b in found[0][1].items())
+
+
+def test_what_a_step_computes():
+    """All paths: blocks that pool in the places of those that attend, beside the largest network."""
+    space = SearchSpace.preset("efficientformer_micro")
+    largest, net = space.largest, timm.create_model("efficientformer_supernet", space="efficientformer_micro")
+    size = (3, *space.model_args["img_size"])
+    side = size[1] // 32
+    pools = sum(count_macs(pool, (largest.embed_dims[-1], side, side)) for pool in net.pools)
+    costs = networks_per_image(SupernetOptions(step="paths"), space)
+    assert costs == pytest.approx(1 + pools / space.costs(largest)["macs"]) and costs > 1
 
 
 def test_evaluation_draws_nothing():

@@ -93,11 +93,12 @@ def test_the_best_rectangle(seed):
         best = -float("inf")
         for heads in range(1, 4):
             each = min(5, round(keep / heads))
-            if each == 0 or heads * each > keep + heads / 2:
+            if each == 0 or abs(heads * each - keep) > heads / 2:
                 continue
             for which in itertools.combinations(range(3), heads):
                 best = max(best, sum(values[h].sort(descending=True).values[:each].sum().item() for h in which))
         assert values[mask].sum().item() == pytest.approx(best)
+    assert rectangle(values - 5, 15).all()  # also a head whose masks are all negative
     eights = rectangle(torch.rand(6, 64), 200, 8).sum(1)
     assert set((eights % 8).tolist()) == {0} and abs(int(eights.sum()) - 200) <= 24
 
@@ -212,6 +213,10 @@ def test_what_is_refused():
     net = MaskedViT(model)
     with pytest.raises(ValueError, match="there are no masks of tokens"):
         net.masks({"tokens": 0.5})
+    broken = MaskedViT(timm.create_model("test_vit", img_size=32))
+    broken.mlp["3"].data[0, 0, 7] = float("nan")
+    with pytest.raises(ValueError, match="masks of mlp are not finite"):
+        broken.within(Budget(macs=broken.costs()["macs"] // 2))
     with pytest.raises(BudgetError, match="the budget names latency_ms"):
         net.within(Budget(latency_ms=1.0))
     with pytest.raises(BudgetError, match="below the smallest"):
@@ -292,6 +297,18 @@ def test_a_budget_with_fewer_tokens(golden):
         with torch.no_grad():
             torch.testing.assert_close(small(found["input"]), net(found["input"]), rtol=1e-5, atol=1e-5)
         net.fixed = None
+
+
+def test_the_least_budget_with_fewer_tokens():
+    """What only fewer tokens can keep is no reason to refuse before masks are trained."""
+    plain, net = (randomised("test_vit", img_size=64, tokens=tokens) for tokens in (False, True))
+    few = net.shaped(net.masks(dict.fromkeys(("attention", "mlp", "tokens"), 1e-6)))
+    budget = Budget(macs=net.costs(few)["macs"], lower=0)
+    with pytest.raises(BudgetError, match="one unit in each layer, has macs"):
+        plain.check_budget(budget)
+    assert net.costs(net.within(budget))["macs"] <= budget.limits["macs"]
+    with pytest.raises(BudgetError, match="one unit in each layer and of one patch, has macs"):
+        net.check_budget(Budget(macs=int(0.99 * budget.limits["macs"]), lower=0))
 
 
 def test_networks_of_fewer_tokens_are_saved_and_follow_the_image_size(tmp_path):

@@ -36,6 +36,7 @@ from ..data import (
 )
 from ..families.elastic_space import ElasticSpace
 from ..hub import load, save_pretrained
+from ..nas.count import count_macs
 from ..nas.evaluate import count_correct
 from ..nas.sampling import MultiArchSampler, SandwichSampler
 from ..nas.space import SearchSpace
@@ -177,6 +178,11 @@ def num_archs(options: SupernetOptions) -> int:
 
 def networks_per_image(options: SupernetOptions, space: SearchSpace) -> float:
     """What a step computes of each image, at most, as a multiple of the largest network."""
+    if options.step == "paths":
+        with torch.device("meta"):
+            mixed = timm.create_model(space.supernet, space=space.to_dict()).mixture("none", 1.0)
+        size = (space.model_args["in_chans"], *space.model_args["img_size"])
+        return count_macs(mixed, size) / space.costs(space.largest)["macs"]
     if options.step not in ("sandwich", "nasvit"):
         return 1.0
     least, most = space.cost_range("macs")

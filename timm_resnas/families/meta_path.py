@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nas.batch_norm import checkpointed
+from ..nas.supernet import checkpoints
 from .efficientformer_nas import LAST, EfficientFormerSupernet
 from .efficientformer_space import EfficientFormerArch
 
@@ -68,13 +70,13 @@ class MetaPath(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         """What the network's `forward` returns. [B, C, H, W] -> [B, K]"""
-        net, alphas = self.net, iter(self.alphas)
+        net, alphas, again = self.net, iter(self.alphas), checkpoints(self.net)
         x = net.stem(x)
         for i, stage in enumerate(net.stages):
             x = stage.downsample(x)
             for p in range(net.space.depths[i]):
                 paths = self.paths(i, p)
-                outputs = [self._path(i, p, name, x) for name in paths]
+                outputs = [self._path(i, p, name, x, again) for name in paths]
                 if len(paths) > 1:
                     weights = self._weights(next(alphas))
                     outputs = [w * out for w, out in zip(weights, outputs, strict=True)]
@@ -128,11 +130,15 @@ class MetaPath(nn.Module):
             alpha = alpha + noise
         return (alpha / self.temperature).softmax(0)
 
-    def _path(self, stage: int, place: int, name: str, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, h, w] -> [B, C, h, w]"""
+    def _path(self, stage: int, place: int, name: str, x: torch.Tensor, again: bool) -> torch.Tensor:
+        """[B, C, h, w] -> [B, C, h, w]; ``again``: activations are computed again in the backward pass."""
         if name == "identity":
             return x
         block = self.net.get_submodule(self.net.block_at(stage, place, name == "attends"))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return checkpointed(block, x, [m._buffers for m in block.modules()]) if again else block(x)
+
         if name == "pools":
-            return block(x)
-        return block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+            return run(x)
+        return run(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])

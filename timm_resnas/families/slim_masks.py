@@ -96,7 +96,8 @@ def rectangle(values: torch.Tensor, keep: int, multiple: int = 1) -> torch.Tenso
     best = None
     for count in range(1, heads + 1):
         each = min(width, round(keep / count / multiple) * multiple)
-        if each == 0 or count * each > keep + count * multiple / 2:
+        # as many as that, and no fewer where a head has no more: a head of low masks is not left out for its own sake
+        if each == 0 or abs(count * each - keep) > count * multiple / 2:
             continue
         total, which = sums[:, each - 1].sort(descending=True, stable=True)
         score = float(total[:count].sum())
@@ -251,13 +252,15 @@ class MaskedViT(nn.Module):
             keep: Share to keep, in (0, 1], by kind: "attention", "mlp", "tokens"; 1 where it is not given.
 
         Raises:
-            ValueError: A kind is not known or has no masks, or a share is out of range.
+            ValueError: A kind is not known or has no masks, or a share is out of range; masks are not finite.
         """
         if unknown := [kind for kind in keep if kind not in KINDS or not len(getattr(self, kind))]:
             raise ValueError(f"there are no masks of {', '.join(unknown)}; shares are of {', '.join(KINDS)}")
         chosen: dict[str, dict[int, torch.Tensor]] = {}
         for kind in KINDS:
             values = self.values(kind)
+            if not all(bool(value.isfinite().all()) for value in values):
+                raise ValueError(f"masks of {kind} are not finite; train them anew, at a lower learning rate")
             found = threshold(values, keep.get(kind, 1.0))[1] if values else []
             chosen[kind] = dict(zip(map(int, getattr(self, kind)), found, strict=True))
         attention, mlp = [], []
@@ -317,12 +320,17 @@ class MaskedViT(nn.Module):
             tuple(mask if kind in stay else torch.zeros_like(mask) for mask in masks)
             for kind, masks in zip(KINDS, self.masks({})[:2], strict=False)
         ]
-        least = self.costs(Masks(*none))
+        tokens = None
+        if len(self.tokens):
+            first = torch.arange(next(iter(self.tokens.values())).shape[1]) <= self.model.num_prefix_tokens
+            tokens = (first,) * len(self.tokens)
+        least = self.costs(Masks(*none, tokens))
         for name, limit in budget:
             if least[name] > limit:
                 but = f" but {' and '.join(stay)}, whose masks are not trained" if stay else ""
+                patch = " and of one patch" if tokens else ""
                 raise BudgetError(
-                    f"the smallest network of masks, of one unit in each layer{but}, has {name} "
+                    f"the smallest network of masks, of one unit in each layer{but}{patch}, has {name} "
                     f"{format_cost(name, least[name])}, above the budget's {format_cost(name, limit)}"
                 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,12 +26,38 @@ from .supernet import Supernet, checkpoints
 from .unchanged import Unchanged
 from .units import Importance, Units, magnitude, sort_units
 
-__all__ = ["NARROW", "Piece", "PiecewiseSupernet", "add_narrow_norms", "recalibrate"]
+__all__ = ["NARROW", "Piece", "PiecewiseSupernet", "add_narrow_norms", "checkpointed", "recalibrate"]
 
 NARROW = "narrow"  # child of a batch norm: those of fewer channels, by their number
 _KEPT = 32  # sub-networks whose statistics are kept
+_MOVING = ("running_mean", "running_var", "num_batches_tracked")
 
 torch.fx.wrap("zero_grads_for")  # a leaf of traced networks
+
+
+def checkpointed(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tensors: Sequence[dict[str, Any]]
+) -> torch.Tensor:
+    """timm's ``checkpoint``, by which batch statistics move once: not when activations are computed again.
+
+    Args:
+        function: What is computed twice.
+        x: Its input.
+        tensors: Where it finds its buffers by name.
+    """
+
+    @contextlib.contextmanager
+    def on_copies() -> Iterator[None]:
+        before = [dict(found) for found in tensors]
+        for found in tensors:
+            found.update({k: v.clone() for k, v in found.items() if v is not None and k.endswith(_MOVING)})
+        try:
+            yield
+        finally:
+            for found, own in zip(tensors, before, strict=True):
+                found.update(own)
+
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), on_copies()))
 
 
 @torch.no_grad()
@@ -257,7 +283,7 @@ class PiecewiseSupernet(Supernet):
                 used.add(source)
                 given[key] = statistics.get(f"{name}.{key}", tensor)
             run = functools.partial(_run, module, self.get_submodule(own), given)
-            x = checkpoint(run, x) if again else run(x)
+            x = checkpointed(run, x, [given]) if again else run(x)
         return self.classify(x)
 
     def _statistics_of(self, arch: Any) -> dict[str, torch.Tensor]:
