@@ -20,24 +20,10 @@ a search spends outside of forward passes.
 `versus` compares searches with random search: on each finished run's supernet, budget and validation images, as many
 random networks of the budget are scored as the run had candidates; the winners of both meet on the test images.
 
-    python recipes/benchmark.py inherited runs/digits-micro
-
-`inherited` trains some networks of the space alone, from scratch, on as many images in total as the run's supernet
-saw, with its optimizer, schedule and augmentation, and compares their test accuracy with the inherited weights'.
-
     python recipes/benchmark.py repair runs/digits-micro --budget macs=20%
 
 `repair` extracts random ViT-ResNAS networks of a run's supernet as they are and repaired (`extract(arch, repair=…)`) on
 training images, and compares their test accuracies; with `--best` the best candidates of the run's search instead.
-
-    python recipes/benchmark.py steps --seeds 5 --threads 1 --json steps.jsonl
-
-`steps` compares the step rules of a supernet (`--step` of supernet.py and search.py) at equal CPU time of the process,
-so that other programs on the machine weigh on none: a step of each is timed first, each rule trains for as many epochs,
-with its learning rate and opening of choices over all of them, as take the time of `--epochs` of the first, and their
-steps take turns. `--rules groups sandwich sandwich:16` also takes a rule with batches of its own size. Then the
-smallest, random and the largest network are scored on the search's validation images. With `--json FILE` every seed's
-result is added to the file, and seeds that are there already are not trained again.
 
     python recipes/benchmark.py scores vit_bench_101.json --threads 1 --json scores.jsonl
 
@@ -52,7 +38,6 @@ images of `--dataset`, with its own labels. With `--json FILE` scores are kept, 
 """
 
 import argparse
-import dataclasses
 import json
 import resource
 import statistics
@@ -60,14 +45,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from accelerate import Accelerator
-from timm.utils import dispatch_clip_grad
 
 import timm_resnas  # noqa: F401  (registers the models)
 from timm_resnas.arch import Arch
@@ -76,32 +59,21 @@ from timm_resnas.data import (
     eval_batches,
     eval_transform,
     load_splits,
-    train_loader,
-    train_transform,
 )
-from timm_resnas.engine.data import augmentation
-from timm_resnas.engine.run import Deadline, Progress, Run, RunError, check_output, cli_errors, format_minutes
+from timm_resnas.engine.run import Progress, RunError, check_output, cli_errors
 from timm_resnas.engine.score_table import CONTROLS, read_accuracies, score_networks, score_table
-from timm_resnas.engine.settings import SupernetOptions
 from timm_resnas.engine.supernet import (
-    SearchData,
-    SupernetTraining,
-    create_supernet,
-    make_optimizer,
     open_run,
-    prepare,
     val_batches,
 )
-from timm_resnas.engine.training import make_schedule
-from timm_resnas.nas.cost import Budget, format_cost
+from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.evaluate import Evaluator, count_correct
 from timm_resnas.nas.evolution import RandomSearch, rank_key
-from timm_resnas.nas.jsonl import append_jsonl, read_jsonl, write_jsonl
+from timm_resnas.nas.jsonl import read_jsonl, write_jsonl
 from timm_resnas.nas.proxies import PROXIES
 from timm_resnas.nas.sampling import MultiArchSampler
 from timm_resnas.nas.space import SearchSpace
 
-STEPS = ("groups", "single", "sandwich", "nasvit")
 MODES = ("masked", "sliced", "largest", "average")
 
 
@@ -313,47 +285,6 @@ def versus(args: argparse.Namespace) -> None:
         )
 
 
-def inherited(args: argparse.Namespace) -> None:
-    options, data, supernet = open_run(args.run_folder)
-    space, splits, train = data.space, data.splits, data.train
-    test = eval_batches(splits.test, eval_transform(data.config))
-    print(f"{options.dataset}: {options.epochs} epochs of {len(train)} images, {len(splits.test)} to test")
-    print("| MACs | inherited | trained alone | ratio |")
-    print("|---|---|---|---|")
-    ratios = []
-    for i, arch in enumerate(space.sample_many(args.count, np.random.default_rng(args.seed))):
-        supernet.set_arch(arch)
-        correct, images = count_correct(supernet, test)
-        torch.manual_seed(args.seed + i)
-        net = supernet.extract(arch)
-        net.init_weights()
-        loader = train_loader(
-            splits.train.select(train),
-            train_transform(data.config, **augmentation(options, splits, tuple(supernet.img_size))),
-            options.batch_size,
-            seed=args.seed + i,
-        )
-        optimizer = make_optimizer(options, net)
-        schedule = make_schedule(options, optimizer, len(loader))
-        net.train()
-        step = 0
-        for epoch in range(options.epochs):
-            for x, y in loader.epoch(epoch):
-                schedule.step_update(step)
-                loss = torch.nn.functional.cross_entropy(net(x), y, label_smoothing=options.smoothing)
-                loss.backward()
-                if options.clip_grad:
-                    dispatch_clip_grad(net.parameters(), options.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-        alone, _ = count_correct(net.eval(), test)
-        ratios.append(correct / alone)
-        macs = format_cost("macs", space.costs(arch)["macs"])
-        print(f"| {macs} | {correct / images:.4f} | {alone / images:.4f} | {ratios[-1]:.4f} |", flush=True)
-    print(f"ratio: mean {statistics.mean(ratios):.4f}, least {min(ratios):.4f}")
-
-
 def repair(args: argparse.Namespace) -> None:
     options, data, supernet = open_run(args.run_folder)
     space, splits, transform = data.space, data.splits, eval_transform(data.config)
@@ -380,117 +311,6 @@ def repair(args: argparse.Namespace) -> None:
         f"trained {plain:.4f}, repaired {repaired:.4f}, {100 * (repaired - plain):+.2f} points, standard error "
         f"{100 * error:.2f}; higher for {sum(g > 0 for g in gains)}, lower for {sum(g < 0 for g in gains)}"
     )
-
-
-class Rule:
-    """Training by a step rule, step by step.
-
-    Attributes:
-        seconds: CPU time of the process so far.
-    """
-
-    def __init__(self, options: SupernetOptions, accelerator: Accelerator, run: Run, data: SearchData) -> None:
-        self.training = SupernetTraining(options, accelerator, run, data, create_supernet(options, data))
-        self.seconds = 0.0
-        self._steps = self._all()
-
-    def step(self) -> bool:
-        """One step; False when there are none left."""
-        begin = time.process_time()
-        done = next(self._steps, None)
-        self.seconds += time.process_time() - begin
-        return done is not None
-
-    def time(self, rounds: int) -> float:
-        """CPU seconds of an epoch, by steps early, midway and late in training; the weights are useless afterwards."""
-        training, spent = self.training, []
-        last = training.options.epochs
-        for epoch in (0, 0, last // 4, last // 2, 3 * last // 4):
-            batches = training.loader.epoch(epoch)
-            begin = time.process_time()
-            for step in range(rounds):
-                training.step(*next(batches), epoch, step)
-            spent.append(time.process_time() - begin)
-        return training.steps * sum(spent[1:]) / rounds / (len(spent) - 1)  # the first steps are slower
-
-    def _all(self) -> Iterator[int]:
-        training = self.training
-        for epoch in range(training.options.epochs):
-            training.begin_epoch(epoch)
-            for step, (images, labels) in enumerate(training.loader.epoch(epoch)):
-                training.step(images, labels, epoch, step)
-                yield training.state.step
-
-
-def steps(args: argparse.Namespace) -> None:
-    given = {k: getattr(args, k) for k in ("dataset", "space", "img_size", "epochs", "batch_size", "lr")}
-    base = SupernetOptions(**given, cpu=True)
-    for name in args.rules:
-        step, _, batch = name.partition(":")
-        if step not in STEPS or batch and not batch.isdecimal():
-            raise RunError(
-                f"--rules {name}: expected one of {', '.join(STEPS)}, a batch size behind it at most (sandwich:16)"
-            )
-    asked = {k: v for k, v in vars(args).items() if k not in ("run", "seeds", "json", "threads")}
-    known: dict[int, dict] = {}
-    if args.json is not None:
-        check_output(args.json)
-        known = {r["seed"]: r for r in read_jsonl(args.json, mend=True) if r["asked"] == asked}
-    accelerator, clock = Accelerator(cpu=True), Deadline()
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
-            if seed in known:
-                continue
-            options = dataclasses.replace(base, seed=seed, output=folder, name=f"seed-{seed}")
-            run = Run(options, accelerator, "")
-            data = prepare(options, run)
-            run.begin()
-
-            def rule(name: str, epochs: int, options=options, run=run, data=data) -> Rule:
-                step, _, batch = name.partition(":")
-                given = dict(step=step, batch_size=int(batch or args.batch_size), epochs=epochs)
-                given.update(arch_warmup_epochs=epochs, warmup_epochs=epochs / args.epochs)
-                return Rule(dataclasses.replace(options, **given), accelerator, run, data)
-
-            costs = {name: rule(name, args.epochs).time(args.rounds) for name in args.rules}
-            epochs = {name: max(1, round(args.epochs * costs[args.rules[0]] / costs[name])) for name in args.rules}
-            rules = left = {name: rule(name, epochs[name]) for name in args.rules}
-            while left:
-                behind = min(left, key=lambda name: left[name].seconds)
-                if not left[behind].step():
-                    left = {name: r for name, r in left.items() if name != behind}
-            rng = np.random.default_rng([seed, 1])
-            archs = [data.space.smallest, *data.space.sample_many(args.count, rng), data.space.largest]
-            found = {}
-            for name, r in rules.items():
-                scores = Evaluator(r.training.model, val_batches(data, torch.device("cpu"))).score(archs)
-                shares = [score / len(data.val) for score in scores]
-                accuracy = dict(smallest=shares[0], random=statistics.mean(shares[1:-1]), largest=shares[-1])
-                found[name] = {"epochs": epochs[name], "seconds": round(r.seconds, 2), **accuracy}
-            known[seed] = {"seed": seed, "asked": asked, "rules": found}
-            if args.json is not None:
-                append_jsonl(args.json, [known[seed]])
-            print(f"seed {seed}, {format_minutes(clock.seconds())}: " + json.dumps(found), flush=True)
-    results = [known[seed]["rules"] for seed in range(args.seeds)]
-    print(
-        f"\n{args.dataset}, {args.space}, {args.seeds} seeds, {torch.get_num_threads()} threads; accuracy on the "
-        f"search's validation images ± standard error, and less that of {args.rules[0]} with the same seed"
-    )
-    print(f"| step | epochs | CPU s | smallest | {args.count} random | largest | smallest | random | largest |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    names = ("smallest", "random", "largest")
-    for name in args.rules:
-        own = [r[name] for r in results]
-        cells = [_mean([r[n] for r in own]) for n in names]
-        cells += [_mean([r[name][n] - r[args.rules[0]][n] for r in results], sign="+") for n in names]
-        epochs = "/".join(str(e) for e in sorted({r["epochs"] for r in own}))
-        print(f"| {name} | {epochs} | {statistics.mean(r['seconds'] for r in own):.0f} | {' | '.join(cells)} |")
-
-
-def _mean(values: list[float], sign: str = "") -> str:
-    """Mean and standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):{sign}.4f} ± {error:.4f}"
 
 
 def scores(args: argparse.Namespace) -> None:
@@ -557,13 +377,6 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="folders of recipes/search.py")
     verb.add_argument("--threads", type=int, default=0)
 
-    verb = verbs.add_parser("inherited", help="accuracy of inherited weights against training alone")
-    verb.set_defaults(run=inherited)
-    verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
-    verb.add_argument("--count", type=int, default=5, help="networks, drawn at random from the space")
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--threads", type=int, default=0)
-
     verb = verbs.add_parser("repair", help="sub-networks of a ViT-ResNAS supernet, repaired in closed form or not")
     verb.set_defaults(run=repair)
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a run of supernet.py or search.py")
@@ -573,23 +386,6 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--images", type=int, default=512)
     verb.add_argument("--count", type=int, default=20)
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--threads", type=int, default=0)
-
-    verb = verbs.add_parser("steps", help="step rules of a supernet at equal CPU time")
-    verb.set_defaults(run=steps)
-    verb.add_argument(
-        "--rules", metavar="RULE[:BATCH]", nargs="+", default=list(STEPS), help="step rules (--batch-size)"
-    )
-    verb.add_argument("--dataset", default="digits")
-    verb.add_argument("--space", default="micro")
-    verb.add_argument("--img-size", type=int, nargs="+", help="of the images (default: the space's)")
-    verb.add_argument("--epochs", type=int, default=12, help="of the first rule")
-    verb.add_argument("--batch-size", type=int, default=64)
-    verb.add_argument("--lr", type=float, default=2e-3)
-    verb.add_argument("--count", type=int, default=20, help="random networks")
-    verb.add_argument("--rounds", type=int, default=2, help="steps of each kind that are timed")
-    verb.add_argument("--seeds", type=int, default=3)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="results by seed, one a line")
     verb.add_argument("--threads", type=int, default=0)
 
     verb = verbs.add_parser("scores", help="training-free scores against trained accuracies")

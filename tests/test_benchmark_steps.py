@@ -1,10 +1,11 @@
-"""benchmark.py steps: step rules at equal CPU time, on few images."""
+"""benchmark_training.py steps: step rules at equal CPU time, on few images."""
 
 import json
 
+import pytest
 from PIL import Image
 
-from recipes import benchmark
+from recipes import benchmark_training
 
 
 def test_rules_take_turns_and_results_are_kept(tmp_path, capsys):
@@ -15,14 +16,31 @@ def test_rules_take_turns_and_results_are_kept(tmp_path, capsys):
                 Image.new("RGB", (16, 16), (level + 4 * i, level, level)).save(tmp_path / part / label / f"{i}.png")
     file = tmp_path / "steps.jsonl"
     argv = ["steps", "--dataset", f"imagefolder:{tmp_path}", "--img-size", "16", "--batch-size", "8", "--epochs", "4"]
-    argv += ["--rules", "groups", "nasvit:4", "--count", "2", "--rounds", "1", "--seeds", "1", "--json", str(file)]
-    benchmark.main(argv)
+    scaled = "groups+sampler=sandwich+switchable-scale=0.5"
+    argv += ["--rules", "groups", "nasvit:4", scaled, "--count", "2", "--rounds", "1", "--seeds", "1", "--alone", "3"]
+    argv += ["--val-per-class", "4", "--json", str(file)]
+    benchmark_training.main(argv)
     first = capsys.readouterr().out
     (record,) = [json.loads(line) for line in file.read_text().splitlines()]
     groups, nasvit = (record["rules"][name] for name in ("groups", "nasvit:4"))
     assert groups["epochs"] == 4 and 1 <= nasvit["epochs"] <= 4
     assert all(0 <= r[k] <= 1 for r in (groups, nasvit) for k in ("smallest", "random", "largest"))
     assert f"| nasvit:4 | {nasvit['epochs']} | {nasvit['seconds']:.0f} | {nasvit['smallest']:.4f} ± nan |" in first
-    benchmark.main(argv)
+    benchmark_training.main(argv)
     again = capsys.readouterr().out
-    assert "seed 0" not in again and again.splitlines()[-2:] == first.splitlines()[-2:]
+    assert "seed 0" not in again and again.splitlines() == first.splitlines()[-len(again.splitlines()) :]
+    assert len(record["alone"]) == len(record["params"]) == 3 == len(groups["inherited"])
+    assert all(0 <= a <= 1 for a in record["alone"]) and f"| {scaled} | " in first
+    assert "trained alone: " in first and "the number of parameters ranks them by" in first
+
+
+@pytest.mark.parametrize("rule", ["group", "groups:", "nasvit:x", "groups+sampling=x", "groups+sampler="])
+def test_a_rule_that_is_none(rule, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["steps", "--rules", rule])
+    assert f"--rules {rule}: expected one of groups, single" in capsys.readouterr().err
+
+
+def test_correlation_of_ranks():
+    assert benchmark_training.rank([3, 1, 2], [0.9, 0.1, 0.5]) == 1
+    assert benchmark_training.rank([3, 1, 2], [0.1, 0.9, 0.5]) == -1
