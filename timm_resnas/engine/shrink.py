@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import shlex
 import shutil
 import sys
@@ -71,6 +72,7 @@ TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
 ELASTIC_STEP = "sandwich"
 LEAST_TRAINED = 4  # times as many units are in the full network's layers as in the smallest one's of --elastic-epochs
 ROUNDS = 15  # of latency measurements, interleaved
+ROUND_SECONDS = 0.02  # of each, but at least three repeats
 
 
 def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, name: str) -> None:
@@ -512,7 +514,8 @@ def _compare(
         correct, count = count_correct(model, test)
         params = sum(p.numel() for p in model.parameters())
         rows[name] = {"test": correct, "macs": count_macs(model, size), "params": params}
-    rounds = [{n: measure(m, conditions, rounds=1)["ms"] for n, m in models.items()} for _ in range(ROUNDS)]
+    timed = functools.partial(measure, conditions=conditions, rounds=1, min_run_time=ROUND_SECONDS)
+    rounds = [{n: timed(m)["ms"] for n, m in models.items()} for _ in range(ROUNDS)]
     for name, row in rows.items():
         row["ms"] = float(np.median([r[name] for r in rounds]))
         row["speedup"] = float(np.median([r["full model"] / r[name] for r in rounds]))
