@@ -6,21 +6,15 @@ paper. (There a branch is multiplied by 8 / embed_dim as well, and scales begin 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["LAYERS", "ScaledAt", "SwitchableScale", "add_scales", "nearest", "scaled", "scaled_one"]
+__all__ = ["LAYERS", "SwitchableScale", "add_scales", "nearest", "scaled", "scaled_one"]
 
 # where a block multiplies: the layer whose output that is
 LAYERS = {"ls1": "attn.proj", "ls2": "mlp.fc2"}
-
-
-class ScaledAt(Protocol):
-    """A block of a sub-network, and its entry of the block's tables: by depth and by width."""
-
-    scale: tuple[int, int]
 
 
 class SwitchableScale(nn.Module):
@@ -35,7 +29,7 @@ class SwitchableScale(nn.Module):
         init: The first value of all.
     """
 
-    def __init__(self, depths: int, widths: int, dim: int, init: float, device=None, dtype=None) -> None:
+    def __init__(self, depths: int, widths: int, dim: int, init: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.full((depths, widths, dim), float(init), device=device, dtype=dtype))
 
@@ -44,10 +38,10 @@ class SwitchableScale(nn.Module):
         return x * self.table[-1, -1].to(x.dtype)
 
 
-def scaled(scale: nn.Module, y: torch.Tensor, blocks: Sequence[ScaledAt]) -> torch.Tensor:
+def scaled(scale: nn.Module, y: torch.Tensor, blocks: Sequence[Any]) -> torch.Tensor:
     """A branch of several groups, [groups * images, N, dim] or [groups, images, N, dim], each by its own scale.
 
-    As it is where ``scale`` is not switchable.
+    As it is where ``scale`` is not switchable. ``block.scale`` is a group's entry of the table: its depth and width.
     """
     if not isinstance(scale, SwitchableScale):
         return y
@@ -56,7 +50,7 @@ def scaled(scale: nn.Module, y: torch.Tensor, blocks: Sequence[ScaledAt]) -> tor
     return (y.unflatten(0, (len(blocks), -1)) * rows).flatten(0, 1) if y.ndim == 3 else y * rows
 
 
-def scaled_one(scale: nn.Module, y: torch.Tensor, block: ScaledAt) -> torch.Tensor:
+def scaled_one(scale: nn.Module, y: torch.Tensor, block: Any) -> torch.Tensor:
     """As `scaled` of one group, without what gradients need. [B, N, dim]"""
     return y * scale.table[block.scale][: y.shape[-1]] if isinstance(scale, SwitchableScale) else y
 
