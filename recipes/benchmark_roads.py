@@ -37,6 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/roads"), help="where runs are kept")
     parser.add_argument("options", nargs="*", help="of search.py, after --")
     args = parser.parse_args(argv)
+    for option in ("--elastic-epochs", "--keep-ratios"):  # before some roads are gone, and others refuse
+        if any(given.partition("=")[0] == option for given in args.options):
+            parser.error(f"{option} is not for all roads, which are to start alike")
     if args.epochs < 2:
         parser.error("--epochs must be at least 2, so that masks and the network that they leave are both trained")
     return args

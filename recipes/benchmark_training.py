@@ -7,7 +7,7 @@
 so that other programs on the machine weigh on none: a step of each is timed first, each rule trains for as many epochs,
 with its learning rate and opening of choices over all of them, as take the time of `--epochs` of the first, and their
 steps take turns. `--rules groups sandwich:16 groups+sampler=sandwich+switchable_scale=1` also takes a rule with batches
-of its own size, and with other options of supernet.py. Then the smallest, random and the largest network are scored on
+of its own size, and with other options of supernet.py's training. Then the smallest, random and the largest network are scored on
 the search's validation images. With `--alone N`, N random networks are trained alone as well, from scratch, with the
 optimizer, schedule and augmentation of the first rule and on as many images: how each rule's inherited accuracies rank
 them is their Spearman correlation with those, and with the number of parameters. With `--json FILE` every seed's result
@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from timm.utils import dispatch_clip_grad
 from torch import nn
@@ -40,14 +39,18 @@ from timm_resnas.arch import Arch
 from timm_resnas.data import eval_batches, eval_transform, train_loader, train_transform
 from timm_resnas.engine.correlation import spearman
 from timm_resnas.engine.data import augmentation
+from timm_resnas.engine.options import parse
 from timm_resnas.engine.run import Deadline, Run, RunError, check_output, cli_errors, format_minutes
 from timm_resnas.engine.settings import SupernetOptions
 from timm_resnas.engine.supernet import (
     SearchData,
     SupernetTraining,
+    check_space,
+    check_step,
     create_supernet,
     make_optimizer,
     open_run,
+    open_space,
     prepare,
     val_batches,
 )
@@ -58,7 +61,20 @@ from timm_resnas.nas.jsonl import append_jsonl, read_jsonl
 from timm_resnas.nas.supernet import Supernet
 
 STEPS = ("groups", "single", "sandwich", "nasvit")
-FIELDS = {field.name for field in dataclasses.fields(SupernetOptions)}
+OWN = (  # options that a rule may have for itself
+    *(
+        "sampler",
+        "num_archs",
+        "switchable_scale",
+        "temperature",
+        "clip_others",
+        "project_epoch",
+        "mode",
+        "lr",
+        "min_lr",
+    ),
+    *("weight_decay", "clip_grad", "drop_path", "smoothing"),
+)
 
 
 def train_alone(options: SupernetOptions, data: SearchData, supernet: Supernet, arch: Arch, seed: int) -> nn.Module:
@@ -151,23 +167,23 @@ def options_of(rule: str, batch_size: int) -> dict[str, Any]:
     """Of supernet.py, from ``STEP[:BATCH][+OPTION=VALUE]...``."""
     first, *others = rule.split("+")
     step, colon, batch = first.partition(":")
-    pairs = [other.partition("=") for other in others]
-    names = [name.replace("-", "_") for name, _, _ in pairs]
-    good = step in STEPS and (not colon or batch.isdecimal()) and FIELDS >= set(names)
-    if not good or not all(value for *_, value in pairs):
+    given = {name.replace("-", "_"): value for name, _, value in (other.partition("=") for other in others)}
+    if step not in STEPS or colon and not batch.isdecimal() or not set(OWN) >= set(given) or not all(given.values()):
         raise RunError(
-            f"--rules {rule}: expected one of {', '.join(STEPS)}, at most with a batch size and options of supernet.py "
-            f"behind it (sandwich:16, groups+sampler=sandwich)"
+            f"--rules {rule}: expected one of {', '.join(STEPS)}, at most with a batch size and some of "
+            f"{', '.join(OWN)} behind it (sandwich:16, groups+sampler=sandwich)"
         )
-    values = [yaml.safe_load(value) for _, _, value in pairs]
-    return {"step": step, "batch_size": int(batch or batch_size), **dict(zip(names, values, strict=True))}
+    found = parse(SupernetOptions, [f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+    return {"step": step, "batch_size": int(batch or batch_size), **{name: getattr(found, name) for name in given}}
 
 
 def steps(args: argparse.Namespace) -> None:
     given = {k: getattr(args, k) for k in ("dataset", "space", "img_size", "epochs", "batch_size", "lr")}
     base = SupernetOptions(**given, val_per_class=args.val_per_class, cpu=True)
     for rule in args.rules:  # before the work
-        options_of(rule, args.batch_size)
+        own = dataclasses.replace(base, **options_of(rule, args.batch_size))
+        check_step(own)
+        check_space(own, open_space(args.space))
     asked = {k: v for k, v in vars(args).items() if k not in ("run", "seeds", "json", "threads")}
     known: dict[int, dict] = {}
     if args.json is not None:

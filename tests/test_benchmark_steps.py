@@ -34,11 +34,33 @@ def test_rules_take_turns_and_results_are_kept(tmp_path, capsys):
     assert "trained alone: " in first and "the number of parameters ranks them by" in first
 
 
-@pytest.mark.parametrize("rule", ["group", "groups:", "nasvit:x", "groups+sampling=x", "groups+sampler="])
+@pytest.mark.parametrize(
+    "rule", ["group", "groups:", "nasvit:x", "groups+sampling=x", "groups+sampler=", "groups+epochs=3"]
+)
 def test_a_rule_that_is_none(rule, capsys):
     with pytest.raises(SystemExit):
         benchmark_training.main(["steps", "--rules", rule])
     assert f"--rules {rule}: expected one of groups, single" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rule", "space", "message"),
+    [
+        ("groups+sampler=foo", "micro", "--sampler: invalid choice: 'foo'"),
+        ("groups+switchable_scale=-3", "micro", "--switchable-scale"),
+        ("single+num_archs=3", "micro", "--step single trains one sub-network a step, not --num-archs 3"),
+        ("groups+switchable_scale=1", "efficientformer_micro", "--switchable-scale is for spaces of ViT-ResNAS"),
+    ],
+)
+def test_options_of_a_rule_are_checked_before_the_work(rule, space, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["steps", "--rules", "groups", rule, "--space", space])
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_a_rule():
+    found = benchmark_training.options_of("nasvit:16+switchable-scale=1e-4+clip_others=0", 64)
+    assert found == {"step": "nasvit", "batch_size": 16, "switchable_scale": 1e-4, "clip_others": 0.0}
 
 
 def test_correlation_of_ranks():

@@ -102,6 +102,24 @@ def test_an_even_cut_of_latency_is_of_measured_layers():
     assert len({hidden for _, hidden in arch.widths}) <= 2
 
 
+def test_an_even_cut_beside_heads_that_are_mixed():
+    """They stay, and the others are not cut in their place."""
+    space = ElasticSpace("cait_xxs24_224", img_size=32)
+    arch = space.even(Budget.parse("macs=60%", space.costs(space.largest)))
+    mixed, others = arch.widths[:24], arch.widths[24:]
+    assert {heads for heads, _ in mixed} == {4} and len(others) == 2
+    share = sum(hidden / most for (_, hidden), (_, most) in zip(arch.widths, space.largest.widths, strict=True)) / 26
+    assert all(abs(heads / 4 - share) <= 1 / 4 for heads, _ in others)
+
+
+def test_an_even_cut_within_a_band_of_its_own():
+    space = ElasticSpace("vit_small_patch16_224", img_size=32)
+    limit = int(0.45 * space.costs(space.largest)["macs"])
+    for lower in (0.975, 0.995):
+        budget = Budget(macs=limit, lower=lower)
+        assert not budget.check({"macs": space.cost_of(space.even(budget), "macs")})
+
+
 @pytest.mark.parametrize("base", ["vit_small_patch16_224", "vit_resnas_tiny", "cait_xxs24_224"])
 def test_costs_layer_by_layer_are_those_of_the_tables(base):
     space = ElasticSpace(base)

@@ -249,6 +249,7 @@ def test_wrong_input_is_one_message_before_any_work(given, message, base, tmp_pa
         (["--model", "{base}/best", "--budget", "none"], "cuts a network down to a --budget"),
         (["--model", "{base}/best", "--budget", "macs=12%"], "no network of the same share of every block is within"),
         (["--model", "{base}/best", "--keep-ratios", "1", "0.5"], "--search uniform keeps all tokens"),
+        (["--model", "{base}/best", "--elastic-epochs", "1"], "--search uniform scores none"),
     ],
 )
 def test_wrong_input_of_an_even_cut(given, message, base, tmp_path, capsys):
@@ -262,9 +263,13 @@ def test_wrong_input_of_an_even_cut(given, message, base, tmp_path, capsys):
 def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server):
     """The benchmark runs the recipe, and reads what is there when it is started again."""
 
+    plans = []
+
     def run(command, **_):
         assert command[1].endswith("recipes/search.py")
-        return recipe_server.run(program("search"), *command[2:])
+        done = recipe_server.run(program("search"), *command[2:])
+        plans.append(done.stdout)
+        return done
 
     monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
     argv = ["--model", str(base / "best"), "--dataset", "digits", "--budget", "macs=60%", "--epochs", "2"]
@@ -284,6 +289,7 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
         share, test = macs / results["networks"]["full model"]["macs"], found["test"] / 360
         (line,) = (line for line in printed if line.startswith(f"| {road} | {share:.1%} |"))
         assert f"{test:.4f} ({test:.4f})" in line
+    assert "fine-tune the found network, 2 epochs" in plans[0] and "masks" not in plans[0]
     assert "Nothing was searched" in (tmp_path / "uniform-0" / "report.md").read_text()
     trained = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/finetune/best/*")}
     benchmark_roads.main(argv)
@@ -294,6 +300,9 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
     with pytest.raises(SystemExit):
         benchmark_roads.main(argv)
     assert "uniform-0 failed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark_roads.main([*argv, "--elastic-epochs=1"])
+    assert "--elastic-epochs is not for all roads" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):

@@ -307,6 +307,8 @@ def test_the_least_budget_with_fewer_tokens():
     with pytest.raises(BudgetError, match="one unit in each layer, has macs"):
         plain.check_budget(budget)
     assert net.costs(net.within(budget))["macs"] <= budget.limits["macs"]
+    with pytest.raises(BudgetError, match="with 90% of the token masks kept, no threshold of the others"):
+        net.within(budget, tokens=0.9)
     with pytest.raises(BudgetError, match="one unit in each layer and of one patch, has macs"):
         net.check_budget(Budget(macs=int(0.99 * budget.limits["macs"]), lower=0))
 

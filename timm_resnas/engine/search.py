@@ -96,6 +96,10 @@ def check_options(options: SearchOptions) -> None:
             raise RunError(
                 f"--keep-ratios is of searches that score candidates; --search {options.search} keeps all tokens"
             )
+        if options.elastic_epochs:
+            raise RunError(
+                f"--elastic-epochs is of searches that score candidates; --search {options.search} scores none"
+            )
     trained = next((f"--{n}" for n in ("model", "supernet") if getattr(options, n) is not None), None)
     if trained is None and options.score in TRAINING_FREE:
         trained = f"--score {options.score}"

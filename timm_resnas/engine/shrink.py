@@ -577,7 +577,7 @@ def _print_plan(
     slimming = isinstance(search, Slimming)
     train, val, test = len(data.train), len(data.val), len(data.splits.test)
     count, at_most = search.planned if search else 0, "about" if slimming else "up to"
-    mask_epochs = 0 if search else options.mask_epochs
+    mask_epochs = options.mask_epochs if options.search == "slim-masks" else 0
     probes, calibration = len(_probes(options, space)), min(options.calibration, train)
     stages = {
         f"fine-tune the full model, {options.epochs} epochs of {train} images": options.epochs * train * 3 * each,

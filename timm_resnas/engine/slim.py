@@ -83,8 +83,6 @@ def check_masks(options: SearchOptions, model: nn.Module, budget: Budget | None)
     """
     if options.mask_prices is not None and (len(options.mask_prices) != 2 or not any(options.mask_prices)):
         raise RunError("--mask-prices are two numbers, of attention and of MLP masks, at least one of them above 0")
-    if options.elastic_epochs:
-        raise RunError("--elastic-epochs is of searches that score candidates; --search slim-masks scores none")
     if options.mask_tokens is not None:
         reduce_tokens(model, "positions")  # whether it can be without some
     masked(options, copy.deepcopy(model)).check_budget(budget)

@@ -113,21 +113,7 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
     groups = num_archs(options) if options.step == "groups" else None
     check_passes(options, PartialState().num_processes, groups=groups)
     space = open_space(options.space or "micro")
-    if options.token_labeling and "patch_head" not in space.training_args:
-        raise RunError(
-            f"--token-labeling needs a classifier of patches, which networks of --space {options.space} lack"
-        )
-    if options.step == "paths" and not space.mixes:
-        raise RunError(
-            f"--step paths is for blocks of several paths, as in --space efficientformer_micro; those of "
-            f"{options.space or 'micro'} have one"
-        )
-    if options.switchable_scale is not None and not space.scales:
-        raise RunError(
-            f"--switchable-scale is for spaces of ViT-ResNAS and AutoFormer; blocks of {options.space} have none"
-        )
-    make_sampler(options, space)
-    TokenLabelLoss(patch_weight=options.patch_weight)
+    check_space(options, space)
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
     space.at(img_size=size)  # raises before the data are read
     splits = open_splits(options)
@@ -169,6 +155,29 @@ def check_step(options: SupernetOptions) -> None:
     for name in ("path_noise", "path_temperature"):
         if getattr(options, name) != getattr(SupernetOptions(), name) and step != "paths":
             raise RunError(f"--{name.replace('_', '-')} is for --step paths, not {step}")
+
+
+def check_space(options: SupernetOptions, space: SearchSpace) -> None:
+    """Whether options fit the space.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if options.token_labeling and "patch_head" not in space.training_args:
+        raise RunError(
+            f"--token-labeling needs a classifier of patches, which networks of --space {options.space} lack"
+        )
+    if options.step == "paths" and not space.mixes:
+        raise RunError(
+            f"--step paths is for blocks of several paths, as in --space efficientformer_micro; those of "
+            f"{options.space or 'micro'} have one"
+        )
+    if options.switchable_scale is not None and not space.scales:
+        raise RunError(
+            f"--switchable-scale is for spaces of ViT-ResNAS and AutoFormer; blocks of {options.space} have none"
+        )
+    make_sampler(options, space)
+    TokenLabelLoss(patch_weight=options.patch_weight)
 
 
 def num_archs(options: SupernetOptions) -> int:

@@ -390,7 +390,8 @@ class ElasticSpace(SearchSpace):
     def even(self, budget: Budget) -> ElasticArch | None:
         """The cut that one would make by hand: of all blocks the same share of the heads and of the hidden units.
 
-        The two shares are as near to each other as a network within the budget's band allows, for heads are coarse.
+        The two shares are as near to each other as a network between 97.5% of the budget (or its own band) and it
+        allows, for heads are coarse. Heads that can only be there all or not at all (CaiT's) stay, and do not count.
         Hidden units are multiples of 8 that need not be among the choices, and some blocks have 8 more than others;
         where latency is limited, they are among the choices, for which it is known. No branch is left out but those
         that the largest network lacks.
@@ -413,6 +414,7 @@ class ElasticSpace(SearchSpace):
             arch = self.of_widths(tuple(zip(attention, mlp, strict=True)))
             return arch if all(self.cost_of(arch, name) <= limit for name, limit in budget) else None
 
+        band = Budget(lower=max(budget.lower, Budget(**budget.limits).lower), **budget.limits).band
         found: list[tuple[tuple, ElasticArch]] = []
         shares = np.linspace(0, 1, 257).tolist()
         for attention in dict.fromkeys(at(heads, share) for share in shares):
@@ -425,8 +427,8 @@ class ElasticSpace(SearchSpace):
                 mlp = wider if within(attention, wider) else mlp
             arch = within(attention, mlp)
             cost = self.cost_of(arch, budget.first)
-            kept = [sum(own) / max(1, sum(n[-1] for n in most)) for own, most in ((attention, heads), (mlp, hidden))]
-            near = cost >= Budget(**budget.limits).band[0]
+            kept = [_share_kept(own, most) for own, most in ((attention, heads), (mlp, hidden))]
+            near = cost >= band[0]
             found.append(((near, -abs(kept[0] - kept[1]) if near else cost), arch))
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -452,6 +454,12 @@ class ElasticSpace(SearchSpace):
                     f"block {i // 2}: {gene.name} {value} is not one of {', '.join(map(str, gene.choices))}"
                 )
         return np.array([gene.choices.index(v) for gene, v in zip(genes, values, strict=True)], np.int8)
+
+
+def _share_kept(numbers: Sequence[int], ladders: Sequence[Sequence[int]]) -> float:
+    """Of what could be fewer, 1 where nothing could."""
+    free = [(n, own[-1]) for n, own in zip(numbers, ladders, strict=True) if len(own) > 1]
+    return sum(n for n, _ in free) / sum(most for _, most in free) if free else 1.0
 
 
 def check_pairs(arch: ElasticArch) -> None:

@@ -370,6 +370,11 @@ class MaskedViT(nn.Module):
         low, high = 1e-6, 1.0
         best, costs = at(low)
         if not holds(costs):
+            if tokens is not None:
+                raise BudgetError(
+                    f"with {tokens:.0%} of the token masks kept, no threshold of the others leaves a network within "
+                    f"{budget}; keep fewer tokens"
+                )
             raise BudgetError(
                 f"masks are so alike that no threshold leaves a network within {budget}; train them first"
             )

@@ -119,6 +119,8 @@ class PiecewiseSupernet(Supernet):
 
     Each group's statistics are those of its own images in training, in which it also moves the running statistics of
     the channels that it uses, or of its widths' own batch norms (`add_narrow_norms`). For evaluation see `recalibrate`.
+    With gradient checkpointing they move once, see `checkpointed`; those of the full network as a plain timm model move
+    twice, as timm's own do.
     """
 
     # -- a family supplies -------------------------------------------------------------------------------------------

@@ -45,14 +45,18 @@ def scaled(scale: nn.Module, y: torch.Tensor, blocks: Sequence[Any]) -> torch.Te
     """
     if not isinstance(scale, SwitchableScale):
         return y
-    depth, width = torch.tensor([block.scale for block in blocks], device=y.device).unbind(1)
-    rows = scale.table[depth, width, : y.shape[-1]].to(y.dtype)[:, None, None]
+    widths, cuda = scale.table.shape[1], y.device.type == "cuda"
+    at = torch.tensor([depth * widths + width for depth, width in (block.scale for block in blocks)], pin_memory=cuda)
+    rows = scale.table.flatten(0, 1).index_select(0, at.to(y.device, non_blocking=True))
+    rows = rows[:, None, None, : y.shape[-1]].to(y.dtype)
     return (y.unflatten(0, (len(blocks), -1)) * rows).flatten(0, 1) if y.ndim == 3 else y * rows
 
 
 def scaled_one(scale: nn.Module, y: torch.Tensor, block: Any) -> torch.Tensor:
     """As `scaled` of one group, without what gradients need. [B, N, dim]"""
-    return y * scale.table[block.scale][: y.shape[-1]] if isinstance(scale, SwitchableScale) else y
+    if not isinstance(scale, SwitchableScale):
+        return y
+    return y * scale.table[block.scale][: y.shape[-1]].to(y.dtype)
 
 
 def add_scales(block: nn.Module, depths: int, widths: int, init: float) -> None:
