@@ -7,7 +7,7 @@
 so that other programs on the machine weigh on none: a step of each is timed first, each rule trains for as many epochs,
 with its learning rate and opening of choices over all of them, as take the time of `--epochs` of the first, and their
 steps take turns. `--rules groups sandwich:16 groups+sampler=sandwich+switchable_scale=1` also takes a rule with batches
-of its own size, and with other options of supernet.py's training. Then the smallest, random and the largest network are scored on
+of its own size, and with other options of supernet.py. Then the smallest, random and the largest network are scored on
 the search's validation images. With `--alone N`, N random networks are trained alone as well, from scratch, with the
 optimizer, schedule and augmentation of the first rule and on as many images: how each rule's inherited accuracies rank
 them is their Spearman correlation with those, and with the number of parameters. With `--json FILE` every seed's result
