@@ -13,7 +13,8 @@ trains one sub-network on each (paper: arXiv 2109.00642, section 3.3). The group
 sub-networks see the same images, only batch norm's statistics are those of a pass in its process (of all processes on
 CUDA, `--sync-bn`). At the start of each epoch of `--arch-warmup-epochs` channels are put in order of importance,
 moments of the optimizer along with them. With `--token-labeling` images are mixed by cells of the last stage's grid,
-and a second classifier learns what each cell shows (paper).
+and a second classifier learns what each cell shows (paper). `--sampler selected` draws among few networks of all sizes,
+selected by SynFlow before training (after PreNAS, ICML 2023).
 
 `--step single`, the default of AutoFormer's spaces, trains one sub-network at a time on the whole batch (AutoFormer,
 arXiv 2107.00651). `--step sandwich` trains `--num-archs` on the whole batch: the largest by labels or by a `--teacher`,

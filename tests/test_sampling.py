@@ -1,9 +1,13 @@
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from timm_resnas.nas.sampling import MultiArchSampler, SandwichSampler
+from timm_resnas.nas.proxies import proxy_scores
+from timm_resnas.nas.sampling import MultiArchSampler, SandwichSampler, SelectedSampler
 from timm_resnas.nas.space import SearchSpace
 
 
@@ -128,3 +132,44 @@ def test_sandwich_is_dealt_to_processes(space):
         SandwichSampler(space, 1)
     with pytest.raises(ValueError, match="warmup_epochs"):
         SandwichSampler(space, 4, warmup_epochs=-1)
+
+
+def test_few_selected_architectures_of_all_sizes():
+    """Of each bin of sizes those of highest SynFlow; a step has one of each part that is open."""
+    space = SearchSpace.preset("autoformer_micro")
+
+    class Few(SelectedSampler):
+        BINS, DRAWN, KEPT = 4, 6, 2
+
+    sampler = Few(space, 4, seed=1, warmup_epochs=4)
+    random = torch.get_rng_state()
+    macs = [[space.costs(arch)["macs"] for arch in part] for part in sampler.pool]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [len(part) for part in macs] == [2] * 4
+    assert all(min(a) >= max(b) for a, b in itertools.pairwise(macs))
+    # by hand: all that were drawn, in each bin by score
+    drawn = space.sample_many(24, np.random.default_rng([1, 77]))
+    torch.manual_seed(1)
+    net = timm.create_model(space.supernet, space=space.to_dict()).eval()
+    by_size = sorted(drawn, key=lambda arch: -space.costs(arch)["macs"])
+    for part, start in zip(sampler.pool, range(0, 24, 6), strict=True):
+        scores = {
+            arch.key(): proxy_scores(["synflow"], net, arch, torch.ones(1, 3, 32, 32))["synflow"]
+            for arch in by_size[start : start + 6]
+        }
+        assert [arch.key() for arch in part] == sorted(scores, key=scores.get, reverse=True)[:2]
+
+    def bins(epoch, step):
+        return [next(b for b, part in enumerate(sampler.pool) if arch in part) for arch in sampler.archs(epoch, step)]
+
+    assert sampler.archs(0, 3) == [space.largest] * 4
+    assert all(set(bins(1, step)) == {0} for step in range(9))
+    assert all(set(bins(2, step)) <= {0, 1} for step in range(9))
+    assert all(bins(4, step) == [0, 1, 2, 3] == bins(9, step) for step in range(9))
+    assert len({tuple(a.key() for a in sampler.archs(4, step)) for step in range(30)}) > 8
+    # a function of its arguments, dealt to processes in slices
+    again = Few(space, 4, seed=1, warmup_epochs=4)
+    assert again.archs(4, 2, 1, 2) == sampler.archs(4, 2)[2:] and again.archs(0, 0, 0, 2) == [space.largest] * 2
+    assert Few(space, 4, seed=2, warmup_epochs=4).pool != sampler.pool
+    with pytest.raises(ValueError, match="cannot be dealt evenly to 3 processes"):
+        sampler.archs(1, 0, 0, 3)

@@ -136,8 +136,9 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     accumulate: int = option(1, "passes that a process cuts its part of a step into", metavar="N", range=COUNT)
     sampler: str = option(
         "balanced",
-        "of --step groups: balanced draws (the paper's), or the largest, the smallest and balanced draws",
-        choices=("balanced", "sandwich"),
+        "of --step groups: balanced draws (the paper's), the largest, the smallest and balanced draws, or draws among "
+        "few networks of all sizes that SynFlow selects untrained (PreNAS's idea)",
+        choices=("balanced", "sandwich", "selected"),
     )
     teacher: str | None = option(
         None,

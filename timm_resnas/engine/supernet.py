@@ -38,7 +38,7 @@ from ..families.elastic_space import ElasticSpace
 from ..hub import load, save_pretrained
 from ..nas.count import count_macs
 from ..nas.evaluate import count_correct
-from ..nas.sampling import MultiArchSampler, SandwichSampler
+from ..nas.sampling import MultiArchSampler, SandwichSampler, SelectedSampler
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
 from ..tasks import NasVitTask, SandwichTask, SupernetTask, TokenLabelLoss
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 RECALIBRATION_BATCH = 64  # images whose statistics are taken at once
-SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler}
+SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler, "selected": SelectedSampler}
 
 
 Options = TypeVar("Options", bound=SupernetOptions)

@@ -6,12 +6,17 @@ nothing else draws from the generator; here each step has its own draws, and the
 alone, so that any process can name any other's architectures and a resumed run draws what an unbroken one would.
 """
 
+import functools
+
 import numpy as np
+import timm
+import torch
 
 from ..arch import Arch
+from .proxies import proxy_scores
 from .space import SearchSpace
 
-__all__ = ["MultiArchSampler", "SandwichSampler"]
+__all__ = ["MultiArchSampler", "SandwichSampler", "SelectedSampler"]
 
 
 class MultiArchSampler:
@@ -99,3 +104,54 @@ class SandwichSampler(MultiArchSampler):
         largest = np.zeros(len(self.space.searched), np.int64)
         smallest = [self.num_open(len(gene.draws), epoch) - 1 for gene in self.space.searched]
         return np.vstack([largest, smallest, self._balanced(epoch, step, self.num_archs - 2)])
+
+
+class SelectedSampler(MultiArchSampler):
+    """Draws among few architectures that look good untrained, of all sizes, in place of all architectures.
+
+    The idea of PreNAS (Wang et al., "PreNAS: Preferred One-Shot Learning Towards Efficient Neural Architecture Search",
+    ICML 2023), simplified: random architectures are sorted by MACs and cut into `BINS` bins of `DRAWN`;
+    in each the `KEPT` of highest SynFlow are kept, by the untrained weights of a supernet that the seed makes.
+    The groups of a step are drawn from as many equal parts of the bins, so that every step has small and large ones.
+    At first the largest network is trained alone; then bins open, the largest networks' first.
+
+    Args:
+        space: As for `MultiArchSampler`, like the others.
+        num_archs: Sub-networks per step, over all processes.
+        seed: Seed of the selection and of the draws.
+        warmup_epochs: Epochs until every bin is open.
+
+    Raises:
+        ValueError: See `MultiArchSampler`.
+    """
+
+    BINS, DRAWN, KEPT = 16, 24, 4
+
+    @functools.cached_property
+    def pool(self) -> list[list[Arch]]:
+        """The architectures of each bin, best first; the largest networks' bin is the first. Made when first needed."""
+        archs = self.space.sample_many(self.BINS * self.DRAWN, np.random.default_rng([self.seed, 77]))
+        order = np.argsort(-self.space.table("macs").cost(self.space.rows(archs)), kind="stable")
+        args = self.space.model_args
+        images = torch.zeros(1, args["in_chans"], *args["img_size"])  # their shape counts
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            net = timm.create_model(self.space.supernet, space=self.space.to_dict()).eval()
+        bins = []
+        for part in np.split(order, self.BINS):
+            scores = [proxy_scores(["synflow"], net, archs[i], images)["synflow"] for i in part]
+            bins.append([archs[part[i]] for i in np.argsort(-np.array(scores), kind="stable")[: self.KEPT]])
+        return bins
+
+    def archs(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> list[Arch]:
+        """See `MultiArchSampler.archs`."""
+        if self.num_archs % world:
+            raise ValueError(f"{self.num_archs} architectures per step cannot be dealt evenly to {world} processes")
+        share = self.num_archs // world
+        if self.warmup_epochs and epoch == 0:
+            return [self.space.largest] * share
+        rng = np.random.default_rng([self.seed, epoch, step])
+        places = (np.arange(self.num_archs) + rng.random(self.num_archs)) / self.num_archs  # one in each part
+        bins = (places * self.num_open(self.BINS, epoch)).astype(int)
+        chosen = [self.pool[b][rng.integers(self.KEPT)] for b in bins]
+        return chosen[rank * share : (rank + 1) * share]
