@@ -110,8 +110,8 @@ class Supernet(nn.Module, ABC):
         """
 
     def scales_at(self, arch: Any) -> Sequence[tuple[int, int]]:
-        """Which entry of its tables each of ``blocks`` uses, where there are any, see `SwitchableScale`."""
-        raise NotImplementedError
+        """Which entry of its tables each of ``blocks`` uses, see `SwitchableScale`; of a family that has none, none."""
+        return ()
 
     def own_key(self, arch: Any, key: str) -> str:
         """The name here of a weight of the extracted network."""
