@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm_resnas.engine import search as job
     from timm_resnas.engine.processes import shared_counter, start
     from timm_resnas.engine.run import Deadline, Run, RunError, cli_errors, dataset_name, run_name, short_path
-    from timm_resnas.engine.supernet import prepare, recalibrate, train_supernet, with_step
+    from timm_resnas.engine.supernet import prepare, recalibrate, train_supernet
     from timm_resnas.nas.evaluate import Evaluator, score_unit
     from timm_resnas.nas.latency import LatencyTable
 
@@ -132,9 +132,6 @@ def main(argv: list[str] | None = None) -> None:
             parts.append(Path(options.space).stem)
         # given as it is without being given: not shown in the name
         told = {k: None for k, v in defaults(asked).items() if getattr(asked, k) == v}
-        if options.model is None and options.supernet is None and options.score not in TRAINING_FREE:
-            options, default = with_step(options), with_step(dataclasses.replace(options, step=None))
-            told |= {"step": None} if options.step == default.step else {}
         name = run_name(dataclasses.replace(asked, **told), parts, shown=("dataset", "model", "supernet", "space"))
         job.check_options(options)
         if options.model is not None:

@@ -7,25 +7,24 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/supernet.py --cpu          # several processes on a CPU
     accelerate launch recipes/supernet.py --step nasvit
 
-`--step` says what a step trains. `groups`, the default of all spaces but AutoFormer's, cuts the batch into groups and
-trains one sub-network on each (paper: arXiv 2109.00642, section 3.3). The groups may lie in one process or in several
-(`--num-archs` counts them all), and go through the net at once or, to save memory, in `--accumulate` passes: the same
-sub-networks see the same images, only batch norm's statistics are those of a pass in its process (of all processes on
-CUDA, `--sync-bn`). At the start of each epoch of `--arch-warmup-epochs` channels are put in order of importance,
-moments of the optimizer along with them. With `--token-labeling` images are mixed by cells of the last stage's grid,
-and a second classifier learns what each cell shows (paper). `--sampler selected` draws among few networks of all sizes,
-selected by SynFlow before training (after PreNAS, ICML 2023).
+`--step` says what a step trains. By default, `groups`, it cuts the batch into groups and trains one sub-network on each
+(paper: arXiv 2109.00642, section 3.3). The groups may lie in one process or in several (`--num-archs` counts them all),
+and go through the net at once or, to save memory, in `--accumulate` passes: the same sub-networks see the same images,
+only batch norm's statistics are those of a pass in its process (of all processes on CUDA, `--sync-bn`). At the start of
+each epoch of `--arch-warmup-epochs` channels are put in order of importance, moments of the optimizer along with them.
+With `--token-labeling` images are mixed by cells of the last stage's grid, and a second classifier learns what each
+cell shows (paper). `--sampler selected` draws among few networks of all sizes, selected by SynFlow before training
+(after PreNAS, ICML 2023).
 
-`--step single`, the default of AutoFormer's spaces, trains one sub-network at a time on the whole batch (AutoFormer,
-arXiv 2107.00651). `--step sandwich` trains `--num-archs` on the whole batch: the largest by labels or by a `--teacher`,
-and by its probabilities the smallest and others (arXiv 1903.05134). `--step nasvit` (NASViT, ICLR 2022) teaches these
-by AlphaNet's divergence, clips their gradient (`--clip-others`), and from `--project-epoch` on frees the largest
-network's gradient, parameter by parameter, of what conflicts with theirs. With either, `loss` is the largest network's,
-an image costs a pass through each network, `--accumulate` passes differ only in batch norm's statistics, and processes
-exchange gradients once a step. `--step paths`, with `--space efficientformer` or `efficientformer_micro`, trains the
-largest network with all paths of each block mixed, the weights of the mixture along (EfficientFormer, arXiv 2206.01191;
-`--path-noise`, `--path-temperature`): at the end it prints how probable each path is, and `supernet/paths.json` keeps
-it.
+`--step single` trains one sub-network at a time on the whole batch (AutoFormer, arXiv 2107.00651). `--step sandwich`
+trains `--num-archs` on the whole batch: the largest by labels or by a `--teacher`, and by its probabilities the
+smallest and others (arXiv 1903.05134). `--step nasvit` (NASViT, ICLR 2022) teaches these by AlphaNet's divergence,
+clips their gradient (`--clip-others`), and from `--project-epoch` on frees the largest network's gradient, parameter by
+parameter, of what conflicts with theirs. With either, `loss` is the largest network's, an image costs a pass through
+each network, `--accumulate` passes differ only in batch norm's statistics, and processes exchange gradients once a
+step. `--step paths`, with `--space efficientformer` or `efficientformer_micro`, trains the largest network with all
+paths of each block mixed, the weights of the mixture along (EfficientFormer, arXiv 2206.01191; `--path-noise`,
+`--path-temperature`): at the end it prints how probable each path is, and `supernet/paths.json` keeps it.
 
 `--switchable-scale 0.1` multiplies both branches of each block by scales that each depth and width of a sub-network has
 for itself, and that begin at 0.1 (NASViT's switchable scaling; ViT-ResNAS and AutoFormer). What is extracted from such
@@ -59,15 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     # torch is imported from here on, so that --help answers at once
     from timm_resnas.engine.processes import start
     from timm_resnas.engine.run import Run, cli_errors, dataset_name, run_name
-    from timm_resnas.engine.supernet import prepare, train_supernet, with_step
+    from timm_resnas.engine.supernet import prepare, train_supernet
 
     with cli_errors("supernet.py"):
         accelerator = start(options)
         parts = (dataset_name(options.dataset), Path(options.space).stem, "supernet")
-        unnamed = dataclasses.replace(options, step=None)  # given as it is without being given: not shown in the name
-        options = with_step(options)
-        given = unnamed if options.step == with_step(unnamed).step else options
-        run = Run(options, accelerator, run_name(given, parts, shown=("dataset", "space")))
+        run = Run(options, accelerator, run_name(options, parts, shown=("dataset", "space")))
         data = prepare(options, run)
         run.begin()
         train_supernet(options, accelerator, run, data)

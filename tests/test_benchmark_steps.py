@@ -1,11 +1,15 @@
 """benchmark_training.py steps: step rules at equal CPU time, on few images."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from recipes import benchmark_training
+from timm_resnas.engine.settings import SupernetOptions
+from timm_resnas.nas.sampling import SelectedSampler
+from timm_resnas.nas.space import SearchSpace
 
 
 def test_rules_take_turns_and_results_are_kept(tmp_path, capsys):
@@ -56,6 +60,18 @@ def test_options_of_a_rule_are_checked_before_the_work(rule, space, message, cap
     with pytest.raises(SystemExit):
         benchmark_training.main(["steps", "--rules", "groups", rule, "--space", space])
     assert message in capsys.readouterr().err
+
+
+def test_what_is_selected_once_is_not_timed(tmp_path, monkeypatch):
+    """Or a rule would get fewer epochs for what it does once."""
+    options = SupernetOptions(sampler="selected", cpu=True, epochs=4, output=str(tmp_path), name="run")
+    made = []
+    monkeypatch.setattr(SelectedSampler, "archs", lambda self, *where: made.append(where))
+    run = SimpleNamespace(sampler=SelectedSampler(SearchSpace.preset("micro"), 4))
+    monkeypatch.setattr(benchmark_training, "SupernetTraining", lambda *_: run)
+    monkeypatch.setattr(benchmark_training, "create_supernet", lambda *_: None)
+    rule = benchmark_training.Rule(options, None, None, None)
+    assert made == [(4, 0)] and rule.seconds == 0
 
 
 def test_options_of_a_rule():

@@ -38,7 +38,7 @@ NANO = Path(__file__).with_name("nano.json")  # micro with half as many blocks, 
 SPACE = SearchSpace.from_dict(json.loads(NANO.read_text()))  # of 16 px
 # 14 steps an epoch on 16 px digits; channels are sorted at the start of either epoch
 QUICK = [
-    *("--space", str(NANO), "--step", "groups"),
+    *("--space", str(NANO)),
     *("--cpu", "--threads", "1", "--img-size", "16", "--batch-size", "64", "--num-archs", "2", "--epochs", "2"),
     *("--arch-warmup-epochs", "1", "--warmup-epochs", "1", "--eval-every", "1", "--drop-path", "0.2"),
 ]
@@ -503,22 +503,6 @@ def test_every_option_that_decides_weights_is_fixed():
     }
     options = parse(SupernetOptions, [])
     assert set(vars(options)) - free == set(fixed_options(options))
-
-
-@pytest.mark.parametrize(
-    ("argv", "step"),
-    [
-        ([], "groups"),
-        (["--space", "autoformer_micro"], "single"),
-        (["--space", "autoformer_tiny", "--step", "groups"], "groups"),
-        (["--space", "autoformer_micro", "--num-archs", "4"], "groups"),
-        (["--space", "autoformer_micro", "--sampler", "sandwich"], "groups"),
-        (["--space", "efficientformer_micro"], "groups"),
-        (["--step", "nasvit"], "nasvit"),
-    ],
-)
-def test_the_step_rule_of_a_family(argv, step):
-    assert supernet.with_step(parse(SupernetOptions, argv)).step == step
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

@@ -118,12 +118,12 @@ class SupernetOptions(CheckpointOptions, AugmentOptions, DataOptions, RunOptions
     val_fraction: float = option(1 / 3, "the same for classes of under 5 times as many", range="(0, 1)")
     epochs: int = option(12, "training epochs", range=COUNT, basic=True)
     batch_size: int = option(64, "images per step, over all processes and passes", range=COUNT, basic=True)
-    step: str | None = option(
-        None,
+    step: str = option(
+        "groups",
         "what a step trains: a sub-network on each group of the batch (ViT-ResNAS), a single one (AutoFormer), on the "
         "whole batch the largest and, taught by it, the smallest and others (sandwich), the same with AlphaNet's "
         "divergence and gradients freed of conflicts (nasvit), or all paths of each block, mixed (paths: "
-        "EfficientFormer); default: groups, of AutoFormer's spaces single",
+        "EfficientFormer)",
         choices=("groups", "single", "sandwich", "nasvit", "paths"),
         basic=True,
     )

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -69,15 +69,11 @@ __all__ = [
     "recalibrate",
     "seen_images",
     "train_supernet",
-    "with_step",
     "val_batches",
 ]
 
 RECALIBRATION_BATCH = 64  # images whose statistics are taken at once
 SAMPLERS = {"balanced": MultiArchSampler, "sandwich": SandwichSampler, "selected": SelectedSampler}
-
-
-Options = TypeVar("Options", bound=SupernetOptions)
 
 
 class SearchData(NamedTuple):
@@ -104,18 +100,6 @@ def open_space(name: str) -> SearchSpace:
         return SearchSpace.from_dict(read_json(Path(name)))
     except ValueError as e:
         raise RunError(f"--space {name}: {e}") from None
-
-
-def with_step(options: Options) -> Options:
-    """Options with a step rule: where none is given the family's, or ``groups`` where other options are of that one.
-
-    Raises:
-        ValueError: The space is not known.
-    """
-    if options.step is not None:
-        return options
-    several = (options.num_archs or 1) > 1 or options.sampler != SupernetOptions().sampler
-    return dataclasses.replace(options, step="groups" if several else open_space(options.space or "micro").step)
 
 
 def prepare(options: SupernetOptions, run: Run) -> SearchData:

@@ -213,7 +213,6 @@ class AutoFormerSpace(SearchSpace):
     family = "autoformer"
     arch_type = AutoFormerArch
     supernet = "autoformer_supernet"
-    step = "single"
     scales = True
     training_args = ("qkv_bias_layout", "weight_init", *_RATES)
     largest: AutoFormerArch

@@ -94,7 +94,6 @@ class SearchSpace(ABC):
         presets: Named spaces: functions of model arguments.
         training_args: Names of the model arguments that only training uses.
         mixes: Whether blocks have several paths, see `Supernet.mixture`.
-        step: The step rule that its supernets are trained by where none is named.
         scales: Whether the supernet may have switchable scales, its argument ``switchable_scale``.
         searched: The genes that leave a choice, in network order.
         largest: The network of all largest choices.
@@ -107,7 +106,6 @@ class SearchSpace(ABC):
     presets: ClassVar[Mapping[str, Callable[..., SearchSpace]]] = {}
     training_args: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = False
-    step: ClassVar[str] = "groups"
     scales: ClassVar[bool] = False
     _families: ClassVar[dict[str, type[SearchSpace]]] = {}
 
