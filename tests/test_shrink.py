@@ -1,7 +1,9 @@
 """search.py --model: a trained timm ViT is shrunk, whatever interrupts it."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits
 from timm_resnas.engine import shrink
 from timm_resnas.engine.settings import SearchOptions
+from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -303,6 +306,46 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
     with pytest.raises(SystemExit):
         benchmark_roads.main([*argv, "--elastic-epochs=1"])
     assert "--elastic-epochs is not for all roads" in capsys.readouterr().err
+
+
+def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
+    """Trained as the full model was, for its epochs and the others', within the full model's share."""
+    full = tmp_path / "base-3"
+    shutil.copytree(base / "best", full / "best")
+    (full / "config.yaml").write_text("model: test_vit\nmodel_kwargs: [depth=2, num_heads=4]\nepochs: 7\nlr: 0.01\n")
+    commands = []
+
+    def run(command, **_):
+        commands.append([Path(command[1]).name, *command[2:]])
+        name = command[command.index("--name") + 1]
+        shutil.copytree(base / "best", tmp_path / name / "best")
+        (tmp_path / name / "results.json").write_text(json.dumps({"test": {"best": {"top1": 0.25}}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
+    argv = ["--model", str(tmp_path / "base-{seed}" / "best"), "--dataset", "digits", "--budget", "macs=50%"]
+    argv += ["--epochs", "2", "--seeds", "3", "--roads", "by-hand", "space", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        benchmark_roads.main(argv)
+    assert "the road by-hand and --by-hand go together" in capsys.readouterr().err
+    argv += ["--by-hand", "depth=1", "--space", "micro", "--space-options", "--batch-size 32 --lr 1e-3"]
+    with pytest.raises(SystemExit):
+        benchmark_roads.main([*argv, "--seeds", "4"])
+    assert "by-hand and space train as the full model was trained, but there is no" in capsys.readouterr().err
+    benchmark_roads.main(argv)
+    model = timm.create_model("test_vit", img_size=32, num_classes=10)
+    half = count_macs(model, (3, 32, 32)) / 2
+    where = ["--dataset", "digits", "--seed", "3", "--output", str(tmp_path), "--name"]
+    trained = ["--config", str(full / "config.yaml"), "--epochs"]
+    found = ["--model", f"local-dir:{tmp_path / 'space-3-search' / 'best'}", "--pretrained"]
+    assert commands[0] == ["train.py", *where, "by-hand-3", *trained, "9", "--model-kwargs", "depth=1", "num_heads=4"]
+    assert commands[1][:10] == ["search.py", *where, "space-3-search", "--space"]
+    budget = commands[1][commands[1].index("--budget") + 1]
+    assert Budget.parse(budget) == Budget(macs=int(half))
+    assert commands[1][-6:] == ["--epochs", "4", "--batch-size", "32", "--lr", "1e-3"]
+    assert commands[2:] == [["train.py", *where, "space-3", *trained, "5", "--model-kwargs", *found]]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| by-hand | 100.0% | ") and lines[3].endswith("x |  | 0.2500 (0.2500) |  |")
 
 
 def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):

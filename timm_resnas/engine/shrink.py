@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import shlex
 import shutil
 import sys
@@ -39,7 +38,7 @@ from ..nas.latency import LatencyTable, measure_network
 from ..nas.slimming import Slimming
 from ..nas.space import SearchSpace
 from ..nas.supernet import Supernet
-from ..nas.timing import Conditions, measure
+from ..nas.timing import Conditions, measure_together
 from .baseline import score_baseline
 from .models import class_names_of, open_model
 from .processes import shared_counter
@@ -71,8 +70,6 @@ REPAIRED = 3  # best candidates that are repaired layer after layer before one i
 TAUGHT_AT = 0.2  # of --lr, when a shrunk network is fine-tuned
 ELASTIC_STEP = "sandwich"
 LEAST_TRAINED = 4  # times as many units are in the full network's layers as in the smallest one's of --elastic-epochs
-ROUNDS = 15  # of latency measurements, interleaved
-ROUND_SECONDS = 0.02  # of each, but at least three repeats
 
 
 def shrink(options: SearchOptions, accelerator: Accelerator, clock: Deadline, name: str) -> None:
@@ -514,11 +511,8 @@ def _compare(
         correct, count = count_correct(model, test)
         params = sum(p.numel() for p in model.parameters())
         rows[name] = {"test": correct, "macs": count_macs(model, size), "params": params}
-    timed = functools.partial(measure, conditions=conditions, rounds=1, min_run_time=ROUND_SECONDS)
-    rounds = [{n: timed(m)["ms"] for n, m in models.items()} for _ in range(ROUNDS)]
-    for name, row in rows.items():
-        row["ms"] = float(np.median([r[name] for r in rounds]))
-        row["speedup"] = float(np.median([r["full model"] / r[name] for r in rounds]))
+    for name, timed in measure_together(models, conditions).items():
+        rows[name].update(timed)
     randoms = []
     if budget is not None and options.num_random:
         rng = generator(options.seed, Stream.BASELINES)

@@ -46,6 +46,7 @@ __all__ = [
     "layer_starts",
     "measure",
     "measure_layers",
+    "measure_together",
     "repeat_call",
     "repeats",
     "run_rounds",
@@ -358,6 +359,32 @@ def measure_layers(
     names = {module: name for name, module in model.named_modules()}
     fastest = _rounds(model, starts, conditions, rounds, min_run_time)
     return {names[module]: summary(column) for module, column in zip(starts, fastest.T, strict=True)}
+
+
+def measure_together(
+    models: Mapping[str, nn.Module], conditions: Conditions, *, rounds: int = 15, min_run_time: float = 0.02
+) -> dict[str, dict[str, float]]:
+    """Latency of timm models that take turns: by name ``dict(ms, speedup)``.
+
+    Medians over the rounds, of each round's fastest repeat and of the first model's time divided by it: what else runs
+    on the machine weighs on all of a round alike.
+
+    Args:
+        models: The first is what the others are compared with.
+        conditions: As of `measure`.
+        rounds: Number of rounds.
+        min_run_time: Seconds per model and round, but at least three repeats.
+
+    Raises:
+        LatencyError: See `measure`.
+    """
+    each = [
+        [measure(model, conditions, rounds=1, min_run_time=min_run_time)["ms"] for model in models.values()]
+        for _ in range(rounds)
+    ]
+    ms = np.array(each)  # [rounds, models]
+    medians, speedups = np.median(ms, axis=0), np.median(ms[:, :1] / ms, axis=0)
+    return {n: {"ms": float(m), "speedup": float(s)} for n, m, s in zip(models, medians, speedups, strict=True)}
 
 
 def _rounds(
