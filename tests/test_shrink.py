@@ -281,7 +281,7 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
     benchmark_roads.main(argv)
     printed = capsys.readouterr().out.splitlines()
     for road in "uniform", "random":
-        folder, scored = tmp_path / f"{road}-0", road == "random"
+        folder, scored = tmp_path / f"{road}-macs=60%-0", road == "random"
         results = results_of(folder)
         assert results["search"] == road and results["epochs"] == {"full": 0, "elastic": 0, "finetune": 2}
         assert results["candidates"] == scored and ("even cut, repaired" in results["networks"]) == scored
@@ -293,7 +293,7 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
         (line,) = (line for line in printed if line.startswith(f"| {road} | {share:.1%} |"))
         assert f"{test:.4f} ({test:.4f})" in line
     assert "fine-tune the found network, 2 epochs" in plans[0] and "masks" not in plans[0]
-    assert "Nothing was searched" in (tmp_path / "uniform-0" / "report.md").read_text()
+    assert "Nothing was searched" in (tmp_path / "uniform-macs=60%-0" / "report.md").read_text()
     trained = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/finetune/best/*")}
     benchmark_roads.main(argv)
     accuracies = [[line.split("|")[4:] for line in lines] for lines in (printed, capsys.readouterr().out.splitlines())]
@@ -302,7 +302,7 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
     monkeypatch.setattr(benchmark_roads.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     with pytest.raises(SystemExit):
         benchmark_roads.main(argv)
-    assert "uniform-0 failed" in capsys.readouterr().err
+    assert "uniform-macs=60%-0 failed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         benchmark_roads.main([*argv, "--elastic-epochs=1"])
     assert "--elastic-epochs is not for all roads" in capsys.readouterr().err
@@ -318,34 +318,55 @@ def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
     def run(command, **_):
         commands.append([Path(command[1]).name, *command[2:]])
         name = command[command.index("--name") + 1]
-        shutil.copytree(base / "best", tmp_path / name / "best")
+        shutil.copytree(base / "best", tmp_path / name / "best", dirs_exist_ok=True)
         (tmp_path / name / "results.json").write_text(json.dumps({"test": {"best": {"top1": 0.25}}}))
+        (tmp_path / name / "config.yaml").write_text("val_per_class: 17\nthreads: 1\ncpu: true\n")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
-    argv = ["--model", str(tmp_path / "base-{seed}" / "best"), "--dataset", "digits", "--budget", "macs=50%"]
+    argv = [
+        "--model",
+        str(tmp_path / "base-{seed}" / "best"),
+        "--dataset",
+        "digits",
+        "--budget",
+        "macs=50%",
+        "macs=30%",
+    ]
     argv += ["--epochs", "2", "--seeds", "3", "--roads", "by-hand", "space", "--output", str(tmp_path)]
-    with pytest.raises(SystemExit):
-        benchmark_roads.main(argv)
-    assert "the road by-hand and --by-hand go together" in capsys.readouterr().err
-    argv += ["--by-hand", "depth=1", "--space", "micro", "--space-options", "--batch-size 32 --lr 1e-3"]
-    with pytest.raises(SystemExit):
-        benchmark_roads.main([*argv, "--seeds", "4"])
-    assert "by-hand and space train as the full model was trained, but there is no" in capsys.readouterr().err
-    benchmark_roads.main(argv)
-    model = timm.create_model("test_vit", img_size=32, num_classes=10)
-    half = count_macs(model, (3, 32, 32)) / 2
+    hand = ["--by-hand", "depth=1", "depth=1 num_heads=2"]
+    space = ["--space", "micro", "--space-options", "--batch-size 32 --lr 1e-3"]
+    for given, message in (
+        (space, "the road by-hand and --by-hand go together"),
+        ([*space, *hand[:2]], "--by-hand takes a text for each --budget: 2, not 1"),
+        ([*space, *hand, "--seeds", "4"], "by-hand and space train as the full model was trained, but there is no"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark_roads.main([*argv, *given])
+        assert message in capsys.readouterr().err
+    benchmark_roads.main([*argv, *hand, *space])
+    macs = count_macs(timm.create_model("test_vit", img_size=32, num_classes=10), (3, 32, 32))
     where = ["--dataset", "digits", "--seed", "3", "--output", str(tmp_path), "--name"]
-    trained = ["--config", str(full / "config.yaml"), "--epochs"]
-    found = ["--model", f"local-dir:{tmp_path / 'space-3-search' / 'best'}", "--pretrained"]
-    assert commands[0] == ["train.py", *where, "by-hand-3", *trained, "9", "--model-kwargs", "depth=1", "num_heads=4"]
-    assert commands[1][:10] == ["search.py", *where, "space-3-search", "--space"]
-    budget = commands[1][commands[1].index("--budget") + 1]
-    assert Budget.parse(budget) == Budget(macs=int(half))
-    assert commands[1][-6:] == ["--epochs", "4", "--batch-size", "32", "--lr", "1e-3"]
-    assert commands[2:] == [["train.py", *where, "space-3", *trained, "5", "--model-kwargs", *found]]
+    trained, supernet = ["--config", str(full / "config.yaml"), "--epochs"], ["supernet-3", "--space", "micro"]
+    supernet += ["--epochs", "4", "--batch-size", "32", "--lr", "1e-3"]
+    expected = []
+    for share, kwargs in ((0.5, ["depth=1", "num_heads=4"]), (0.3, ["depth=1", "num_heads=2"])):
+        by_hand, space = (f"{road}-macs={share:.0%}-3" for road in ("by-hand", "space"))
+        found = ["--model", f"local-dir:{tmp_path / f'{space}-search' / 'best'}", "--pretrained"]
+        options = ["--supernet", str(tmp_path / "supernet-3" / "supernet"), "--threads", "1", "--val-per-class", "17"]
+        expected += [
+            ["train.py", *where, by_hand, *trained, "9", "--model-kwargs", *kwargs],
+            ["supernet.py", *where, *supernet],
+            ["search.py", *where, f"{space}-search", *options, "--cpu"],
+            ["train.py", *where, space, *trained, "5", "--model-kwargs", *found],
+        ]
+        budget = commands[len(expected) - 2].pop()
+        assert commands[len(expected) - 2].pop() == "--budget"
+        assert Budget.parse(budget) == Budget(macs=int(share * macs))
+    assert commands == expected
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| by-hand | 100.0% | ") and lines[3].endswith("x |  | 0.2500 (0.2500) |  |")
+    assert [line.split("|")[1:3] for line in lines[2:]] == [[f" {r} ", " 100.0% "] for r in ("by-hand", "space")] * 2
+    assert all(line.endswith("x |  | 0.2500 (0.2500) |  |") for line in lines[2:])
 
 
 def test_the_benchmark_of_shrinking(base, tmp_path, capsys, monkeypatch):
