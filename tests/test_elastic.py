@@ -354,6 +354,19 @@ def test_calibration_needs_images_and_leaves_the_network_as_it_was():
     assert [block.training for block in net.blocks] == [False] + [True] * 5
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_units_are_not_ranked_by_what_is_no_number(repair):
+    net = timm_resnas.elastic(make("test_vit"))
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    bad = images(net, 4)
+    bad[0, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="activations are NaN or infinite"):
+        net.calibrate([images(net, 4), bad], repair=repair)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with pytest.raises(ValueError, match="activations are NaN or infinite"):
+        net.extract(net.space.sample(np.random.default_rng(0)), repair=bad)
+
+
 def test_equal_widths_of_another_base_are_refused():
     net = timm_resnas.elastic(make("test_vit"))
     net.set_arch(net.space.smallest)

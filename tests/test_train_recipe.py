@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from recipe_server import RECIPES, Recipe, checkpoints, parts, wait_for_step, wait_until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_stream import write
 from timm.data import resolve_model_data_config
 
@@ -26,12 +26,12 @@ from timm_resnas.data.multiscale import multiscale_loader
 from timm_resnas.engine import train
 from timm_resnas.engine.checkpoints import Checkpoints
 from timm_resnas.engine.data import augmentation
-from timm_resnas.engine.models import parse_kwargs
+from timm_resnas.engine.models import open_model, parse_kwargs
 from timm_resnas.engine.options import fixed_options, parse
 from timm_resnas.engine.run import RunError
 from timm_resnas.engine.settings import TrainOptions
 from timm_resnas.engine.training import make_schedule
-from timm_resnas.hub import save_pretrained
+from timm_resnas.hub import HubError, save_pretrained
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -572,6 +572,15 @@ def refused(capsys, tmp_path, *given):
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1, error
     return error
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    """Wherever they come from; those of folders and of the Hub are checked as they are read."""
+    model = timm.create_model("test_vit", num_classes=10)
+    model.blocks[1].mlp.fc1.weight.data[2, 3] = float("inf")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(HubError, match=r"w.safetensors holds numbers that are not finite.* in blocks.1.mlp.fc1.weight"):
+        open_model("test_vit", pretrained_path=str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize(

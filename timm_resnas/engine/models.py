@@ -20,7 +20,7 @@ from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..data import match_classes
-from ..hub import HubError, fetch, read_file
+from ..hub import HubError, check_tensors, fetch, read_file
 from .data import image_pair
 from .run import RunError
 from .settings import ModelOptions
@@ -126,9 +126,11 @@ def open_model(
         resolved = resolve_model_input_args(source, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if pretrained_path is not None:
             overlay = dict(file=pretrained_path, source="", **classes_in(pretrained_path, resolved["pretrained_cfg"]))
-        return timm.create_model(
-            pretrained=pretrained or pretrained_path is not None, pretrained_cfg_overlay=overlay, **resolved
-        )
+        pretrained = pretrained or pretrained_path is not None
+        model = timm.create_model(pretrained=pretrained, pretrained_cfg_overlay=overlay, **resolved)
+        if pretrained:
+            check_tensors(model.state_dict(), pretrained_path or name)
+        return model
     except (RunError, HubError):
         raise
     except (

@@ -310,7 +310,7 @@ class ElasticSupernet(Supernet):
                 regressed on the kept ones, each on the full network's activations.
 
         Raises:
-            ValueError: There is no batch.
+            ValueError: There is no batch, or activations are not finite.
         """
         layers = [layer for layer in self.elastic_layers() if layer.branch.units.count]
         moments = [Moments() for _ in layers]

@@ -63,7 +63,13 @@ class Moments:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Of u, [n, n]."""
+        """Of u, [n, n].
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        if not self._uu.isfinite().all():
+            raise ValueError("activations are NaN or infinite; the images or the model's weights are, or overflow")
         mean = self._u / self.rows
         return self._uu / self.rows - torch.outer(mean, mean)
 
