@@ -24,6 +24,7 @@ for its last table.
 """
 
 import argparse
+import dataclasses
 import shlex
 import statistics
 import subprocess
@@ -33,10 +34,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from timm_resnas.engine.models import open_model, parse_kwargs
+from timm_resnas.engine.data import image_pair
+from timm_resnas.engine.models import model_source, open_model, parse_kwargs
 from timm_resnas.engine.options import parse
 from timm_resnas.engine.run import RunError, cli_errors, read_json
-from timm_resnas.engine.settings import SupernetOptions, TrainOptions
+from timm_resnas.engine.search import check_options
+from timm_resnas.engine.settings import DataOptions, SearchOptions, SupernetOptions, TrainOptions
+from timm_resnas.engine.supernet import check_space, check_step, open_space
 from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.timing import Conditions, measure_together
@@ -44,6 +48,8 @@ from timm_resnas.nas.timing import Conditions, measure_together
 RECIPES = Path(__file__).parent
 SHRINKING = ("evolution", "slimming", "slim-masks", "uniform", "random")
 ROADS = (*SHRINKING, "by-hand", "space")
+OURS = ("config", "dataset", "seed", "output", "name", "model", "budget", "search", "epochs", "finetune_epochs")
+UNEQUAL = ("mask_epochs", "elastic_epochs", "keep_ratios")  # would not let all roads start, or train, alike
 
 
 class End(NamedTuple):
@@ -76,16 +82,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/roads"), help="where runs are kept")
     parser.add_argument("options", nargs="*", help="of search.py with --model, after --")
     args = parser.parse_args(argv)
-    for option in ("--elastic-epochs", "--keep-ratios"):  # before some roads are gone, and others refuse
-        if any(given.partition("=")[0] == option for given in args.options):
-            parser.error(f"{option} is not for all roads, which are to start alike")
     if args.epochs < 2:
         parser.error("--epochs must be at least 2, so that masks and the network that they leave are both trained")
+    for option, given in (("--budget", args.budget), ("--seeds", args.seeds), ("--roads", args.roads)):
+        if len(set(given)) < len(given):
+            parser.error(f"{option} has an entry twice")
     for road, option, value in (("by-hand", "--by-hand", args.by_hand), ("space", "--space", args.space)):
         if (road in args.roads) != bool(value):
             parser.error(f"the road {road} and {option} go together")
     if args.by_hand and len(args.by_hand) != len(args.budget):
         parser.error(f"--by-hand takes a text for each --budget: {len(args.budget)}, not {len(args.by_hand)}")
+    args.asked = parse(SearchOptions, args.options)
+    for name in (*OURS, *UNEQUAL):
+        if getattr(args.asked, name) != getattr(SearchOptions(), name):
+            parser.error(f"--{name.replace('_', '-')} is not among the options of all roads, which are to start alike")
     return args
 
 
@@ -95,21 +105,64 @@ def full_model(args: argparse.Namespace, seed: int) -> str:
     return f"local-dir:{name}" if Path(name).is_dir() else name
 
 
+def shrinking(args: argparse.Namespace, road: str, budget: str, seed: int) -> list[str]:
+    """Options of search.py."""
+    how = [*args.options, "--model", full_model(args, seed), "--budget", budget, "--search", road, "--epochs", "0"]
+    if road == "random":
+        how += ["--population", "1", "--iterations", "1"]
+    masks = args.epochs // 2 if road == "slim-masks" else 0
+    if masks:
+        how += ["--mask-epochs", str(masks)]
+    return [*how, "--finetune-epochs", str(args.epochs - masks)]
+
+
 def training_of(model: str) -> tuple[Path, TrainOptions]:
     """The run of train.py that made a model: its config.yaml, and what that says.
 
     Raises:
-        RunError: It is not the best/ folder of a run.
+        RunError: It is not the best/ folder of a run, or of one that started from trained weights.
     """
     config = Path(model.removeprefix("local-dir:")).parent / "config.yaml"
     if not config.is_file():
         raise RunError(f"by-hand and space train as the full model was trained, but there is no {config}")
-    return config, parse(TrainOptions, ["--config", str(config)])
+    options = parse(TrainOptions, ["--config", str(config)])
+    if options.pretrained or options.pretrained_path is not None:
+        raise RunError(
+            f"by-hand and space start from nothing; the full model started from trained weights, as {config} says, and "
+            f"saw more images than they would"
+        )
+    return config, options
 
 
-def macs_of(model: nn.Module) -> int:
-    """At the image size that it is saved for."""
-    return count_macs(model, model.pretrained_cfg["input_size"])
+def by_hand(args: argparse.Namespace, budget: str, trained: TrainOptions) -> list[str]:
+    """Arguments of the small model, NAME=VALUE."""
+    own = parse_kwargs("--by-hand", args.by_hand[args.budget.index(budget)].split())
+    return [f"{k}={v}" for k, v in {**parse_kwargs("--model-kwargs", trained.model_kwargs), **own}.items()]
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be known before the work.
+
+    Raises:
+        RunError: What is wrong, of any road, budget or seed.
+    """
+    for seed in args.seeds:
+        full = full_model(args, seed)
+        model_source(full)
+        for road in args.roads:
+            for budget in args.budget:
+                Budget.parse(budget, share_of=dict.fromkeys(("macs", "params", "memory", "latency_ms"), 10**12))
+                if road in SHRINKING:
+                    check_options(parse(SearchOptions, shrinking(args, road, budget, seed)))
+                    continue
+                _, trained = training_of(full)
+                if road == "by-hand":
+                    kwargs = parse_kwargs("--by-hand", by_hand(args, budget, trained))
+                    open_model(trained.model, img_size=image_pair(trained.img_size), kwargs=kwargs)
+    if args.space:
+        own = parse(SupernetOptions, ["--space", args.space, *shlex.split(args.space_options)])
+        check_step(own)
+        check_space(own, open_space(args.space))
 
 
 def travel(args: argparse.Namespace, budget: str, road: str, seed: int) -> End:
@@ -122,18 +175,12 @@ def travel(args: argparse.Namespace, budget: str, road: str, seed: int) -> End:
 
     def run(recipe: str, name: str, *options: str) -> Path:
         common = ("--dataset", args.dataset, "--seed", str(seed), "--output", str(args.output), "--name", name)
-        if subprocess.run([sys.executable, str(RECIPES / recipe), *common, *options], stdout=sys.stderr).returncode:
+        if subprocess.run([sys.executable, str(RECIPES / recipe), *options, *common], stdout=sys.stderr).returncode:
             raise RunError(f"the run {args.output / name} failed, see above; the same command continues")
         return args.output / name
 
     if road in SHRINKING:
-        how = ["--search", road, "--epochs", "0", "--finetune-epochs", str(args.epochs)]
-        if road == "random":
-            how += ["--population", "1", "--iterations", "1"]
-        elif road == "slim-masks":
-            how[-1] = str(args.epochs - args.epochs // 2)
-            how += ["--mask-epochs", str(args.epochs // 2)]
-        folder = run("search.py", name, "--model", full, "--budget", budget, *how, *args.options)
+        folder = run("search.py", name, *shrinking(args, road, budget, seed))
         found = read_json(folder / "results.json")
         test = {row: r["test"] / found["images"]["test"] for row, r in found["networks"].items()}
         before = "found, by masks" if road == "slim-masks" else "found, repaired"
@@ -141,29 +188,47 @@ def travel(args: argparse.Namespace, budget: str, road: str, seed: int) -> End:
     config, trained = training_of(full)
     epochs, how = trained.epochs + args.epochs, ["--model-kwargs"]
     if road == "by-hand":
-        own = parse_kwargs("--by-hand", args.by_hand[args.budget.index(budget)].split())
-        how += [f"{k}={v}" for k, v in {**parse_kwargs("--model-kwargs", trained.model_kwargs), **own}.items()]
+        how += by_hand(args, budget, trained)
     else:
-        model = open_model(full, pretrained=True)
+        model = open_full(args, seed)
         costs = {"macs": macs_of(model), "params": sum(p.numel() for p in model.parameters())}
         limits = Budget.parse(budget, share_of=costs)
-        options = ["--space", args.space, "--epochs", str(epochs // 2), *shlex.split(args.space_options)]
+        options = [*shlex.split(args.space_options), "--space", args.space, "--epochs", str(epochs // 2)]
         supernet = run("supernet.py", f"supernet-{seed}", *options)
-        as_trained = parse(SupernetOptions, ["--config", str(supernet / "config.yaml")])
-        options = ["--supernet", str(supernet / "supernet"), "--threads", str(as_trained.threads)]
-        options += ["--val-per-class", str(as_trained.val_per_class), *(["--cpu"] if as_trained.cpu else [])]
-        options += ["--budget", ",".join([*(f"{k}={v}" for k, v in limits), f"lower={limits.lower}"])]
-        found = run("search.py", f"{name}-search", *options)
-        how += ["--model", f"local-dir:{found / 'best'}", "--pretrained"]
+        found = f"local-dir:{run('search.py', f'{name}-search', *searching(supernet, limits)) / 'best'}"
+        size = open_model(found).pretrained_cfg["input_size"][1:]
+        how += ["--model", found, "--pretrained", "--img-size", *map(str, size)]
         epochs -= epochs // 2
     folder = run("train.py", name, "--config", str(config), "--epochs", str(epochs), *how)
     return End(folder / "best", read_json(folder / "results.json")["test"]["best"]["top1"])
 
 
+def searching(supernet: Path, limits: Budget) -> list[str]:
+    """Options of search.py on a trained supernet, with the data and the processor as for its training."""
+    trained, default = parse(SupernetOptions, ["--config", str(supernet / "config.yaml")]), SupernetOptions()
+    names = [field.name for field in dataclasses.fields(DataOptions) if field.name != "dataset"]
+    how = ["--supernet", str(supernet / "supernet"), *(["--cpu"] if trained.cpu else [])]
+    for name in (*names, "val_per_class", "val_fraction", "threads", "amp"):
+        if getattr(trained, name) != getattr(default, name):
+            how += [f"--{name.replace('_', '-')}", str(getattr(trained, name))]
+    return [*how, "--budget", ",".join([*(f"{k}={v}" for k, v in limits), f"lower={limits.lower}"])]
+
+
+def open_full(args: argparse.Namespace, seed: int) -> nn.Module:
+    """The full model at the image size that it is cut at."""
+    return open_model(full_model(args, seed), pretrained=True, img_size=image_pair(args.asked.img_size))
+
+
+def macs_of(model: nn.Module) -> int:
+    """At the image size that it is built for."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return count_macs(model, (model.pretrained_cfg["input_size"][0], *size))
+
+
 def table(args: argparse.Namespace, ends: dict[tuple[str, str], list[End]]) -> str:
     """MACs are means over the seeds, speeds those of the first seed's networks, batch 1."""
     models = {
-        seed: {"full": open_model(full_model(args, seed), pretrained=True)}
+        seed: {"full": open_full(args, seed)}
         | {at: open_model(f"local-dir:{each[i].best}", pretrained=True) for at, each in ends.items()}
         for i, seed in enumerate(args.seeds)
     }
@@ -183,9 +248,7 @@ def table(args: argparse.Namespace, ends: dict[tuple[str, str], list[End]]) -> s
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with cli_errors("benchmark_roads.py"):
-        if {"by-hand", "space"} & set(args.roads):
-            for seed in args.seeds:  # before the work
-                training_of(full_model(args, seed))
+        check(args)
         ends: dict[tuple[str, str], list[End]] = {(b, road): [] for b in args.budget for road in args.roads}
         for seed in args.seeds:
             for (budget, road), each in ends.items():

@@ -21,6 +21,7 @@ finished run saw, and compares their test accuracy with the inherited weights'.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import tempfile
@@ -107,6 +108,8 @@ def train_alone(options: SupernetOptions, data: SearchData, supernet: Supernet, 
 
 def inherited(args: argparse.Namespace) -> None:
     options, data, supernet = open_run(args.run_folder)
+    if Run.read_config(args.run_folder / "config.yaml").get("supernet"):
+        raise RunError(f"{args.run_folder} trained no supernet; give the run that trained the one it searched")
     space, splits, train = data.space, data.splits, data.train
     test = eval_batches(splits.test, eval_transform(data.config))
     print(f"{options.dataset}: {options.epochs} epochs of {len(train)} images, {len(splits.test)} to test")
@@ -148,7 +151,7 @@ class Rule:
         training, spent = self.training, []
         last = training.options.epochs
         for epoch in (0, 0, last // 4, last // 2, 3 * last // 4):
-            batches = training.loader.epoch(epoch)
+            batches = (batch for again in itertools.count() for batch in training.loader.epoch(epoch + again))
             begin = time.process_time()
             for step in range(rounds):
                 training.step(*next(batches), epoch, step)
@@ -179,8 +182,13 @@ def options_of(rule: str, batch_size: int) -> dict[str, Any]:
 
 
 def steps(args: argparse.Namespace) -> None:
+    for name in ("epochs", "count", "rounds", "seeds"):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name} must be at least 1")
     given = {k: getattr(args, k) for k in ("dataset", "space", "img_size", "epochs", "batch_size", "lr")}
     base = SupernetOptions(**given, val_per_class=args.val_per_class, cpu=True)
+    if len(set(args.rules)) < len(args.rules):
+        raise RunError("--rules has an entry twice")
     for rule in args.rules:  # before the work
         own = dataclasses.replace(base, **options_of(rule, args.batch_size))
         check_step(own)
@@ -196,8 +204,12 @@ def steps(args: argparse.Namespace) -> None:
             if seed in known:
                 continue
             options = dataclasses.replace(base, seed=seed, output=folder, name=f"seed-{seed}")
-            run = Run(options, accelerator, "")
-            data = prepare(options, run)
+            first = dataclasses.replace(options, **options_of(args.rules[0], args.batch_size))
+            run = Run(first, accelerator, "")
+            data = prepare(first, run)
+            for rule in args.rules:
+                if (batch := options_of(rule, args.batch_size)["batch_size"]) > len(data.train):
+                    raise RunError(f"--rules {rule}: {batch} images are more than the {len(data.train)} to train on")
             run.begin()
             known[seed] = {"seed": seed, "asked": asked, **one_seed(args, options, accelerator, run, data)}
             if args.json is not None:

@@ -4,10 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from recipes import benchmark_training
+from timm_resnas.engine.run import Run
 from timm_resnas.engine.settings import SupernetOptions
+from timm_resnas.engine.supernet import prepare
 from timm_resnas.nas.sampling import SelectedSampler
 from timm_resnas.nas.space import SearchSpace
 
@@ -61,12 +64,40 @@ def test_a_rule_that_is_none(rule, capsys):
         ("groups+switchable_scale=-3", "micro", "--switchable-scale"),
         ("single+num_archs=3", "micro", "--step single trains one sub-network a step, not --num-archs 3"),
         ("groups+switchable_scale=1", "efficientformer_micro", "--switchable-scale is for spaces of ViT-ResNAS"),
+        ("groups:50", "micro", "--batch-size 50 is not a multiple of --num-archs 4"),
+        ("groups", "micro", "--rules has an entry twice"),
+        ("single:5000", "micro", "--rules single:5000: 5000 images are more than the 959 to train on"),
     ],
 )
 def test_options_of_a_rule_are_checked_before_the_work(rule, space, message, capsys):
     with pytest.raises(SystemExit):
         benchmark_training.main(["steps", "--rules", "groups", rule, "--space", space])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--count", "--rounds", "--seeds", "--epochs"])
+def test_numbers_of_a_benchmark(option, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["steps", option, "0"])
+    assert f"{option} must be at least 1" in capsys.readouterr().err
+
+
+def test_a_step_is_timed_on_more_batches_than_an_epoch_has(tmp_path):
+    options = SupernetOptions(
+        step="single", batch_size=512, cpu=True, epochs=4, output=str(tmp_path), name="run", img_size=[16]
+    )
+    run = Run(options, accelerator := Accelerator(cpu=True), "")
+    data = prepare(options, run)
+    assert len(data.train) < 2 * options.batch_size
+    assert 0 < benchmark_training.Rule(options, accelerator, run, data).time(2) < float("inf")
+
+
+def test_a_run_that_trained_no_supernet_has_none_to_compare(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_text("supernet: elsewhere/supernet\n")
+    monkeypatch.setattr(benchmark_training, "open_run", lambda folder: (SupernetOptions(), None, None))
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["inherited", str(tmp_path)])
+    assert "trained no supernet; give the run that trained the one" in capsys.readouterr().err
 
 
 def test_what_is_selected_once_is_not_timed(tmp_path, monkeypatch):

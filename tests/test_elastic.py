@@ -365,6 +365,12 @@ def test_units_are_not_ranked_by_what_is_no_number(repair):
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     with pytest.raises(ValueError, match="activations are NaN or infinite"):
         net.extract(net.space.sample(np.random.default_rng(0)), repair=bad)
+    with torch.no_grad():  # of which nothing later is ranked
+        net.blocks[-1].mlp.fc2.weight[0] = float("inf")
+    net.calibrate([images(net, 4)], repair=repair)
+    arch = ElasticArch("test_vit", tuple((h, 96) for h, _ in net.space.largest.widths))
+    with pytest.raises(ValueError, match="activations are NaN or infinite"):
+        net.extract(arch, repair=images(net, 32))
 
 
 def test_equal_widths_of_another_base_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from timm_resnas.families.elastic_space import ElasticArch, ElasticSpace
 from timm_resnas.families.elastic_tokens import TokenSpace
-from timm_resnas.nas.cost import Budget
+from timm_resnas.nas.cost import Budget, BudgetError
 from timm_resnas.nas.knapsack import Losses, alone, knapsack, losses
 
 
@@ -91,6 +91,13 @@ def test_an_even_cut_within_several_limits():
     costs = {name: space.cost_of(space.even(tight), name) for name in full}
     assert costs["macs"] <= tight.limits["macs"] and costs["params"] <= tight.limits["params"]
     assert space.cost_of(space.even(loose), "params") > tight.limits["params"]
+    # it is the parameters that decide, wherever they are named
+    only, other = (Budget.parse(text, full) for text in ("params=40%", "params=40%,macs=50%"))
+    assert space.even(tight) == space.even(other) == space.even(only)
+    heads, hidden = zip(*space.even(only).widths, strict=True)
+    assert abs(sum(heads) / 72 - sum(hidden) / 12 / 1536) < 0.1
+    with pytest.raises(BudgetError, match="no price for latency_ms.*latency table"):
+        space.even(Budget(latency_ms=3.0))
 
 
 def test_an_even_cut_of_latency_is_of_measured_layers():

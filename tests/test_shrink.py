@@ -20,8 +20,8 @@ from recipes import search as recipe
 from timm_resnas.arch import Arch
 from timm_resnas.data import load_splits
 from timm_resnas.engine import shrink
+from timm_resnas.engine.options import parse
 from timm_resnas.engine.settings import SearchOptions
-from timm_resnas.nas.cost import Budget
 from timm_resnas.nas.count import count_macs
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -303,16 +303,33 @@ def test_roads_to_one_budget(base, tmp_path, capsys, monkeypatch, recipe_server)
     with pytest.raises(SystemExit):
         benchmark_roads.main(argv)
     assert "uniform-macs=60%-0 failed" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        benchmark_roads.main([*argv, "--elastic-epochs=1"])
-    assert "--elastic-epochs is not for all roads" in capsys.readouterr().err
+    for given, message in (
+        (["--elastic=1"], "--elastic-epochs is not among the options of all roads, which are to start alike"),
+        (["--finetune-epochs", "5"], "--finetune-epochs is not among the options of all roads"),
+        (["--gain", "mes"], "--gain is of --search slimming; it does not go with --search uniform"),
+        (["--budget", "macs=60%", "mcas=30%"], "cannot read 'mcas=30%'"),
+        (["--budget", "macs=60%", "macs=60%"], "--budget has an entry twice"),
+        (["--model", "nowhere-{seed}"], "nowhere-0"),
+    ):
+        cut = argv.index("--")
+        at = len(argv) if given[0] in ("--elastic=1", "--finetune-epochs", "--gain") else cut
+        with pytest.raises(SystemExit):
+            benchmark_roads.main([*argv[:at], *given, *argv[at:]])
+        assert message in capsys.readouterr().err
+    args = benchmark_roads.parse_args([*argv, "--population", "50", "--img-size", "16"])
+    options = parse(SearchOptions, benchmark_roads.shrinking(args, "random", "macs=60%", 0))
+    assert (options.population, options.iterations) == (1, 1)
+    assert benchmark_roads.macs_of(benchmark_roads.open_full(args, 0)) == count_macs(
+        timm.create_model("test_vit", img_size=16, num_classes=10), (3, 16, 16)
+    )
 
 
 def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
     """Trained as the full model was, for its epochs and the others', within the full model's share."""
     full = tmp_path / "base-3"
     shutil.copytree(base / "best", full / "best")
-    (full / "config.yaml").write_text("model: test_vit\nmodel_kwargs: [depth=2, num_heads=4]\nepochs: 7\nlr: 0.01\n")
+    config = "model: test_vit\nmodel_kwargs: [depth=2, num_heads=4]\nepochs: 7\nlr: 0.01\n"
+    (full / "config.yaml").write_text(config)
     commands = []
 
     def run(command, **_):
@@ -320,49 +337,66 @@ def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
         name = command[command.index("--name") + 1]
         shutil.copytree(base / "best", tmp_path / name / "best", dirs_exist_ok=True)
         (tmp_path / name / "results.json").write_text(json.dumps({"test": {"best": {"top1": 0.25}}}))
-        (tmp_path / name / "config.yaml").write_text("val_per_class: 17\nthreads: 1\ncpu: true\n")
+        (tmp_path / name / "config.yaml").write_text("val_fraction: 0.1\nthreads: 1\ncpu: true\nbackground: black\n")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
-    argv = [
-        "--model",
-        str(tmp_path / "base-{seed}" / "best"),
-        "--dataset",
-        "digits",
-        "--budget",
-        "macs=50%",
-        "macs=30%",
-    ]
-    argv += ["--epochs", "2", "--seeds", "3", "--roads", "by-hand", "space", "--output", str(tmp_path)]
+    argv = ["--model", str(tmp_path / "base-{seed}" / "best"), "--dataset", "digits", "--epochs", "2", "--seeds", "3"]
+    argv += ["--budget", "macs=50%", "macs=30%", "--roads", "by-hand", "space", "--output", str(tmp_path)]
     hand = ["--by-hand", "depth=1", "depth=1 num_heads=2"]
     space = ["--space", "micro", "--space-options", "--batch-size 32 --lr 1e-3"]
     for given, message in (
         (space, "the road by-hand and --by-hand go together"),
         ([*space, *hand[:2]], "--by-hand takes a text for each --budget: 2, not 1"),
-        ([*space, *hand, "--seeds", "4"], "by-hand and space train as the full model was trained, but there is no"),
+        ([*space, *hand[:2], "depth"], "--by-hand takes NAME=VALUE, got 'depth'"),
+        ([*space, *hand[:2], "dept=1"], "unexpected keyword argument 'dept'"),
+        ([*hand, *space[:3], "--batch-size 30"], "--batch-size 30 is not a multiple of --num-archs 4"),
+        ([*space, *hand, "--seeds", "4"], f"{tmp_path / 'base-4' / 'best'}"),
     ):
         with pytest.raises(SystemExit):
             benchmark_roads.main([*argv, *given])
         assert message in capsys.readouterr().err
+    (full / "config.yaml").write_text(f"{config}pretrained: true\n")
+    with pytest.raises(SystemExit):
+        benchmark_roads.main([*argv, *hand, *space])
+    assert "by-hand and space start from nothing; the full model started from trained" in capsys.readouterr().err
+    (full / "config.yaml").write_text(config)
+    assert not commands
     benchmark_roads.main([*argv, *hand, *space])
     macs = count_macs(timm.create_model("test_vit", img_size=32, num_classes=10), (3, 32, 32))
     where = ["--dataset", "digits", "--seed", "3", "--output", str(tmp_path), "--name"]
-    trained, supernet = ["--config", str(full / "config.yaml"), "--epochs"], ["supernet-3", "--space", "micro"]
-    supernet += ["--epochs", "4", "--batch-size", "32", "--lr", "1e-3"]
+    trained = ["--config", str(full / "config.yaml"), "--epochs"]
     expected = []
     for share, kwargs in ((0.5, ["depth=1", "num_heads=4"]), (0.3, ["depth=1", "num_heads=2"])):
-        by_hand, space = (f"{road}-macs={share:.0%}-3" for road in ("by-hand", "space"))
-        found = ["--model", f"local-dir:{tmp_path / f'{space}-search' / 'best'}", "--pretrained"]
-        options = ["--supernet", str(tmp_path / "supernet-3" / "supernet"), "--threads", "1", "--val-per-class", "17"]
-        expected += [
-            ["train.py", *where, by_hand, *trained, "9", "--model-kwargs", *kwargs],
-            ["supernet.py", *where, *supernet],
-            ["search.py", *where, f"{space}-search", *options, "--cpu"],
-            ["train.py", *where, space, *trained, "5", "--model-kwargs", *found],
+        by_hand, found = (f"{road}-macs={share:.0%}-3" for road in ("by-hand", "space"))
+        options = ["--supernet", str(tmp_path / "supernet-3" / "supernet"), "--cpu", "--background", "black"]
+        options += ["--val-fraction", "0.1", "--threads", "1", "--budget", f"macs={int(share * macs)},lower=0.975"]
+        best = [
+            "--model",
+            f"local-dir:{tmp_path / f'{found}-search' / 'best'}",
+            "--pretrained",
+            "--img-size",
+            "32",
+            "32",
         ]
-        budget = commands[len(expected) - 2].pop()
-        assert commands[len(expected) - 2].pop() == "--budget"
-        assert Budget.parse(budget) == Budget(macs=int(share * macs))
+        expected += [
+            ["train.py", *trained, "9", "--model-kwargs", *kwargs, *where, by_hand],
+            [
+                "supernet.py",
+                "--batch-size",
+                "32",
+                "--lr",
+                "1e-3",
+                "--space",
+                "micro",
+                "--epochs",
+                "4",
+                *where,
+                "supernet-3",
+            ],
+            ["search.py", *options, *where, f"{found}-search"],
+            ["train.py", *trained, "5", "--model-kwargs", *best, *where, found],
+        ]
     assert commands == expected
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in lines[2:]] == [[f" {r} ", " 100.0% "] for r in ("by-hand", "space")] * 2

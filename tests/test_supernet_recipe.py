@@ -199,7 +199,9 @@ def first_moments(runs, folder, processes, *options):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("space, side", [(SPACE, "16"), (small_v2(), "32")], ids=["vit_resnas", "efficientformerv2"])
+@pytest.mark.parametrize(
+    "space, side", [(SPACE.at(in_chans=1), "16"), (small_v2(), "32")], ids=["vit_resnas, grey", "efficientformerv2"]
+)
 def test_processes_and_passes_train_alike(runs, tmp_path, space, side):
     """2 x 2 or 4: the same images, sub-networks and drop path; batch norm sees a quarter of the batch either way."""
     (tmp_path / "space.json").write_text(json.dumps(space.to_dict()))

@@ -31,7 +31,7 @@ from timm_resnas.engine.options import fixed_options, parse
 from timm_resnas.engine.run import RunError
 from timm_resnas.engine.settings import TrainOptions
 from timm_resnas.engine.training import make_schedule
-from timm_resnas.hub import HubError, save_pretrained
+from timm_resnas.hub import HubError, check_tensors, save_pretrained
 from timm_resnas.models.network_def import NetworkDef
 from timm_resnas.nas.jsonl import read_jsonl
 
@@ -581,6 +581,9 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(HubError, match=r"w.safetensors holds numbers that are not finite.* in blocks.1.mlp.fc1.weight"):
         open_model("test_vit", pretrained_path=str(tmp_path / "w.safetensors"))
+    check_tensors({"attn.q_proj.input_min": torch.tensor(-torch.inf)}, "gemma4_vit, whose bounds do nothing at first,")
+    with pytest.raises(HubError, match="not finite"):
+        check_tensors({"attn.q_proj.input_min": torch.tensor(torch.nan)}, "the same")
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,14 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
         ValueError: The data, the space, the image size or the groups cannot be used; the message says what would be
             right.
     """
-    check_step(options)
-    groups = num_archs(options) if options.step == "groups" else None
-    check_passes(options, PartialState().num_processes, groups=groups)
+    check_step(options, PartialState().num_processes)
     space = open_space(options.space or "micro")
     check_space(options, space)
     size = image_pair(options.img_size) or tuple(space.model_args["img_size"])
     space.at(img_size=size)  # raises before the data are read
+    in_chans = space.model_args["in_chans"]
+    if in_chans not in (1, 3):
+        raise RunError(f"--space {options.space} is of images of {in_chans} channels; data sets have 3, or 1 for grey")
     splits = open_splits(options)
     sizes = (options.val_per_class, options.val_fraction, options.seed)
     train, val, _ = cached_parts(run, splits, lambda: cut_validation(splits, *sizes))
@@ -123,17 +124,19 @@ def prepare(options: SupernetOptions, run: Run) -> SearchData:
         raise RunError(
             f"--batch-size {options.batch_size} is more than the {len(train)} training images of {options.dataset}"
         )
-    config = {**default_data_config(splits, size, indices=train), "background": splits.background}
+    config = default_data_config(splits, size, in_chans=in_chans, indices=train)
+    config["background"] = splits.background
     return SearchData(splits, space.at(img_size=size, num_classes=splits.num_classes), train, val, config)
 
 
-def check_step(options: SupernetOptions) -> None:
-    """Whether options fit the step rule.
+def check_step(options: SupernetOptions, world: int = 1) -> None:
+    """Whether options fit the step rule, and batches the processes.
 
     Raises:
         RunError: They do not.
     """
     step = options.step
+    check_passes(options, world, groups=num_archs(options) if step == "groups" else None)
     if step == "single" and num_archs(options) != 1:
         raise RunError(f"--step single trains one sub-network a step, not --num-archs {options.num_archs}")
     if step != "groups" and options.sampler != "balanced":

@@ -390,14 +390,17 @@ class ElasticSpace(SearchSpace):
     def even(self, budget: Budget) -> ElasticArch | None:
         """The cut that one would make by hand: of all blocks the same share of the heads and of the hidden units.
 
-        The two shares are as near to each other as a network between 97.5% of the budget (or its own band) and it
-        allows, for heads are coarse. Heads that can only be there all or not at all (CaiT's) stay, and do not count.
-        Hidden units are multiples of 8 that need not be among the choices, and some blocks have 8 more than others;
-        where latency is limited, they are among the choices, for which it is known. No branch is left out but those
-        that the largest network lacks.
+        The two shares are as near to each other as a network allows that uses 97.5% (or the budget's own band) of the
+        first limit, or where none can, of another one; for heads are coarse. Heads that can only be there all or not at
+        all (CaiT's) stay, and do not count. Hidden units are multiples of 8 that need not be among the choices, and
+        some blocks have 8 more than others; where latency is limited, they are among the choices, for which it is
+        known. No branch is left out but those that the largest network lacks.
 
         Returns:
             None where such a cut cannot be within the budget.
+
+        Raises:
+            BudgetError: The space has no price for what the budget limits.
         """
         measured = "latency_ms" in budget.limits
         ladders = []
@@ -414,7 +417,7 @@ class ElasticSpace(SearchSpace):
             arch = self.of_widths(tuple(zip(attention, mlp, strict=True)))
             return arch if all(self.cost_of(arch, name) <= limit for name, limit in budget) else None
 
-        band = Budget(lower=max(budget.lower, Budget(**budget.limits).lower), **budget.limits).band
+        lower = max(budget.lower, Budget(**budget.limits).lower)
         found: list[tuple[tuple, ElasticArch]] = []
         shares = np.linspace(0, 1, 257).tolist()
         for attention in dict.fromkeys(at(heads, share) for share in shares):
@@ -426,10 +429,10 @@ class ElasticSpace(SearchSpace):
                 wider = [*mlp[:block], next((n for n in own if n > mlp[block]), mlp[block]), *mlp[block + 1 :]]
                 mlp = wider if within(attention, wider) else mlp
             arch = within(attention, mlp)
-            cost = self.cost_of(arch, budget.first)
+            used = [self.cost_of(arch, name) / limit for name, limit in budget]
             kept = [_share_kept(own, most) for own, most in ((attention, heads), (mlp, hidden))]
-            near = cost >= band[0]
-            found.append(((near, -abs(kept[0] - kept[1]) if near else cost), arch))
+            near = 2 if used[0] >= lower else max(used) >= lower
+            found.append(((near, -abs(kept[0] - kept[1]) if near else used[0]), arch))
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def widths_of(self, rows: np.ndarray) -> Iterator[Widths]:

@@ -106,7 +106,8 @@ def check_tensors(
 
     Raises:
         HubError: Naming the first tensors that are wrong: missing or unknown, of a type or shape that the network does
-            not have, not finite (NaN or infinite), or a negative running variance.
+            not have, not finite (scalars may be infinite, as the bounds of gemma4_vit's activations are), or a negative
+            running variance.
     """
     if expected is not None:
         _compare({k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, expected, where, "the network's weights")
@@ -119,7 +120,7 @@ def check_tensors(
         kind = _kind(tensor.dtype)
         if kind is None:
             bad["of a type that weights do not have"].append(f"{name} ({_type_name(tensor.dtype)})")
-        elif kind == "floating-point numbers" and not torch.isfinite(tensor).all():
+        elif kind == "floating-point numbers" and (~tensor.isfinite() if tensor.ndim else tensor.isnan()).any():
             bad["not finite (NaN or infinite)"].append(name)
         elif name.rpartition(".")[2] == "running_var" and tensor.numel() and tensor.min() < 0:
             bad["negative variances"].append(name)

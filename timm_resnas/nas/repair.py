@@ -68,16 +68,25 @@ class Moments:
         Raises:
             ValueError: It is not finite.
         """
-        if not self._uu.isfinite().all():
-            raise ValueError("activations are NaN or infinite; the images or the model's weights are, or overflow")
+        _check_finite(self._uu)
         mean = self._u / self.rows
         return self._uu / self.rows - torch.outer(mean, mean)
 
     @property
     def cross(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean of v, [m], and covariance of u with v, [n, m]."""
+        """Mean of v, [m], and covariance of u with v, [n, m].
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        _check_finite(self._uv)
         mean = self._v / self.rows
         return mean, self._uv / self.rows - torch.outer(self._u / self.rows, mean)
+
+
+def _check_finite(sums: torch.Tensor) -> None:
+    if not sums.isfinite().all():
+        raise ValueError("activations are NaN or infinite; the images or the model's weights are, or overflow")
 
 
 def _factor(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

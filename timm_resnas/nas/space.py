@@ -361,11 +361,14 @@ class SearchSpace(ABC):
             BudgetError: The space has no such price.
         """
         if name not in self._tables:
-            if name not in self._prices:
-                hint = "; measure a latency table for it" if name == "latency_ms" else ""
-                raise BudgetError(f"the space has no price for {name}, only for {', '.join(self._prices)}{hint}")
-            self._tables[name] = Table(self.genes, self.positions, **self._prices[name])
+            self._tables[name] = Table(self.genes, self.positions, **self._price_of(name))
         return self._tables[name]
+
+    def _price_of(self, name: str) -> dict[str, Any]:
+        if name not in self._prices:
+            hint = "; measure a latency table for it" if name == "latency_ms" else ""
+            raise BudgetError(f"the space has no price for {name}, only for {', '.join(self._prices)}{hint}")
+        return self._prices[name]
 
     def costs(self, arch: Arch) -> dict[str, int | float]:
         """All priced costs of an architecture of the space at its ``model_args``.
@@ -380,8 +383,12 @@ class SearchSpace(ABC):
         return {name: int(v) if self._prices[name]["unit"] == 1 else v for name, v in values.items()}
 
     def cost_of(self, arch: Arch, name: str) -> int | float:
-        """One cost of an architecture of the family, layer by layer, whether or not the space has its choices."""
-        known = self._prices[name]
+        """One cost of an architecture of the family, layer by layer, whether or not the space has its choices.
+
+        Raises:
+            BudgetError: The space has no such price.
+        """
+        known = self._price_of(name)
         prices = [known["base"], *(known["price"](layer) for layer in self.layers(arch))]
         if known["reduce"] == "max":
             prices = [prices[0] + max(prices[1:])]
