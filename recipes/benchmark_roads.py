@@ -25,6 +25,7 @@ for its last table.
 
 import argparse
 import dataclasses
+import re
 import shlex
 import statistics
 import subprocess
@@ -136,7 +137,8 @@ def training_of(model: str) -> tuple[Path, TrainOptions]:
 
 def by_hand(args: argparse.Namespace, budget: str, trained: TrainOptions) -> list[str]:
     """Arguments of the small model, NAME=VALUE."""
-    own = parse_kwargs("--by-hand", args.by_hand[args.budget.index(budget)].split())
+    texts = re.split(r"\s+(?=\w+=)", args.by_hand[args.budget.index(budget)].strip())  # values may have spaces
+    own = parse_kwargs("--by-hand", texts)
     return [f"{k}={v}" for k, v in {**parse_kwargs("--model-kwargs", trained.model_kwargs), **own}.items()]
 
 

@@ -343,7 +343,7 @@ def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_roads.subprocess, "run", run)
     argv = ["--model", str(tmp_path / "base-{seed}" / "best"), "--dataset", "digits", "--epochs", "2", "--seeds", "3"]
     argv += ["--budget", "macs=50%", "macs=30%", "--roads", "by-hand", "space", "--output", str(tmp_path)]
-    hand = ["--by-hand", "depth=1", "depth=1 num_heads=2"]
+    hand = ["--by-hand", "depth=1", "depth=1  num_heads= 2"]
     space = ["--space", "micro", "--space-options", "--batch-size 32 --lr 1e-3"]
     for given, message in (
         (space, "the road by-hand and --by-hand go together"),
