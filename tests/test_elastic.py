@@ -193,6 +193,18 @@ def test_heads_that_keep_their_entries():
             ElasticArch.from_args(dict(base=name, widths=widths)).costs(**BASES[name])
 
 
+def test_a_block_without_branches_is_saved_and_loaded(pair, tmp_path):
+    name, _, net = pair
+    (heads, hidden), *others = net.space.choices
+    gone = ElasticArch(name, ((min(heads), min(hidden)), *((h[0], m[0]) for h, m in others)))
+    assert gone.widths[0] == (0, 0)
+    small, x = net.extract(gone), images(net)
+    timm_resnas.save_pretrained(small, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224"])
 def test_saved_and_loaded_in_another_process(name, python, tmp_path):
     net = timm_resnas.elastic(make(name)).eval()

@@ -12,6 +12,7 @@ they name, any image size that the total stride divides works (after `set_input_
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -658,20 +659,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VitResNas) -> dict[s
     elif "patch_head.weight" not in out and not isinstance(model.patch_head, nn.Identity):
         # released networks may lack it; the model's own initial weights stay then
         out.update({f"patch_head.{k}": v.detach().clone() for k, v in model.patch_head.state_dict().items()})
-    return _fit_grids(_fit_indices(out, model), model)
+    return _fit_grids(_fit_indices(out, model.state_dict()), model)
 
 
-def _fit_indices(state_dict: dict[str, torch.Tensor], model: VitResNas) -> dict[str, torch.Tensor]:
+def _fit_indices(state_dict: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
     """Close or open the gaps that absent blocks leave in `blocks.<i>`."""
-    found = sorted({_block_index(k) for k in state_dict if k.startswith("blocks.")})
-    wanted = [i for i, b in enumerate(model.arch.blocks) if not (isinstance(b, Block) and not b.exists)]
-    wanted = [i for i in wanted if i < len(model.blocks)]
+    # a narrowed network may lack both branches of a block that its network_def has
+    found, wanted = (sorted({_block_index(k) for k in s if k.startswith("blocks.")}) for s in (state_dict, own))
     if found == wanted:
         return state_dict
     if len(found) != len(wanted):
         raise ValueError(
-            f"the checkpoint has {len(found)} blocks and reductions, the network_def {len(wanted)} that exist: "
-            f"they are different architectures"
+            f"the checkpoint has {len(found)} blocks and reductions, the model {len(wanted)}: they are different "
+            f"architectures"
         )
     index = dict(zip(found, wanted, strict=True))
 
