@@ -109,7 +109,7 @@ def test_released_file_through_create_model(released, tmp_path):
 
 def test_checkpoint_of_another_architecture_is_refused():
     net, other = build(), build(SMALL[:1] + SMALL[1:2] * 2 + SMALL[2:])
-    with pytest.raises(ValueError, match="has 4 blocks and reductions, the network_def 3"):
+    with pytest.raises(ValueError, match="has 4 blocks and reductions, the model 3"):
         checkpoint_filter_fn(other.state_dict(), net)
     with pytest.raises(RuntimeError, match=r"norm\.bias"):
         state = net.state_dict()
