@@ -142,6 +142,12 @@ def by_hand(args: argparse.Namespace, budget: str, trained: TrainOptions) -> lis
     return [f"{k}={v}" for k, v in {**parse_kwargs("--model-kwargs", trained.model_kwargs), **own}.items()]
 
 
+def training_supernet(args: argparse.Namespace, trained: TrainOptions) -> list[str]:
+    """Options of supernet.py."""
+    epochs = (trained.epochs + args.epochs) // 2
+    return [*shlex.split(args.space_options), "--space", args.space, "--epochs", str(epochs)]
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be known before the work.
 
@@ -161,10 +167,10 @@ def check(args: argparse.Namespace) -> None:
                 if road == "by-hand":
                     kwargs = parse_kwargs("--by-hand", by_hand(args, budget, trained))
                     open_model(trained.model, img_size=image_pair(trained.img_size), kwargs=kwargs)
-    if args.space:
-        own = parse(SupernetOptions, ["--space", args.space, *shlex.split(args.space_options)])
-        check_step(own)
-        check_space(own, open_space(args.space))
+                else:
+                    own = parse(SupernetOptions, training_supernet(args, trained))
+                    check_step(own)
+                    check_space(own, open_space(args.space))
 
 
 def travel(args: argparse.Namespace, budget: str, road: str, seed: int) -> End:
@@ -195,8 +201,7 @@ def travel(args: argparse.Namespace, budget: str, road: str, seed: int) -> End:
         model = open_full(args, seed)
         costs = {"macs": macs_of(model), "params": sum(p.numel() for p in model.parameters())}
         limits = Budget.parse(budget, share_of=costs)
-        options = [*shlex.split(args.space_options), "--space", args.space, "--epochs", str(epochs // 2)]
-        supernet = run("supernet.py", f"supernet-{seed}", *options)
+        supernet = run("supernet.py", f"supernet-{seed}", *training_supernet(args, trained))
         found = f"local-dir:{run('search.py', f'{name}-search', *searching(supernet, limits)) / 'best'}"
         size = open_model(found).pretrained_cfg["input_size"][1:]
         how += ["--model", found, "--pretrained", "--img-size", *map(str, size)]

@@ -351,6 +351,7 @@ def test_roads_that_start_from_nothing(base, tmp_path, capsys, monkeypatch):
         ([*space, *hand[:2], "depth"], "--by-hand takes NAME=VALUE, got 'depth'"),
         ([*space, *hand[:2], "dept=1"], "unexpected keyword argument 'dept'"),
         ([*hand, *space[:3], "--batch-size 30"], "--batch-size 30 is not a multiple of --num-archs 4"),
+        ([*hand, *space[:3], "--warmup-epochs 5"], "--warmup-epochs 5 is more than --epochs 4"),
         ([*space, *hand, "--seeds", "4"], f"{tmp_path / 'base-4' / 'best'}"),
     ):
         with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Data sets in tables (hf:<folder>): labels, splits, damaged files; classes by name; records of a run."""
 
+import gc
 import io
 import json
 import shutil
@@ -68,6 +69,7 @@ def test_labels_of_metadata_csv(tmp_path):
     splits = load(f"hf:{tmp_path / 'set'}", tmp_path)
     assert splits.class_names == ("cat", "dog") and splits.train["label"][:] == [1, 0] * 4
     assert splits.test["label"][:] == [1, 0] * 2 and values(splits.test) == [0, 1, 2, 3]
+    gc.collect()  # what was left open is found here, not in another test
 
 
 @pytest.mark.parametrize(
